@@ -1,0 +1,70 @@
+"""Guards: what a guard is, how its answers are checked, and how one is found by name.
+
+A guard only ever says how probable it is that something is *safe*. Whatever it returns passes through `prompt_safety`
+or `response_safety` below, which fail closed: an exception, a NaN, a value outside [0, 1] or a wrong count is an
+error, never a "safe".
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from softguard.errors import SoftguardError
+
+Probabilities = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+class Guard(Protocol):
+    """A model that tells safe prompts and responses from unsafe ones, in batches."""
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and files."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the guard's answers could change; a corpus records it."""
+
+    def prompt_safety(self, prompts: Sequence[str]) -> Sequence[float] | Probabilities:
+        """p(safe | prompt), one a prompt."""
+
+    def response_safety(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float] | Probabilities:
+        """p(safe | prompt, response), one a pair."""
+
+
+def prompt_safety(guard: Guard, prompts: Sequence[str]) -> Probabilities:
+    """Ask `guard` for p(safe | prompt) of every prompt and check the answer.
+
+    Returns (prompts,) float64 in [0, 1]. Raises SoftguardError if the guard fails in any way.
+    """
+    return _checked(guard.name, len(prompts), lambda: guard.prompt_safety(prompts))
+
+
+def response_safety(guard: Guard, prompts: Sequence[str], responses: Sequence[str]) -> Probabilities:
+    """Ask `guard` for p(safe | prompt, response) of every pair and check the answer.
+
+    Returns (pairs,) float64 in [0, 1]. Raises SoftguardError if the guard fails in any way.
+    """
+    if len(prompts) != len(responses):
+        raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
+    return _checked(guard.name, len(prompts), lambda: guard.response_safety(prompts, responses))
+
+
+def _checked(name: str, count: int, ask: Callable[[], Sequence[float] | Probabilities]) -> Probabilities:
+    if count == 0:
+        return np.empty(0)
+    try:
+        values = np.asarray(ask(), dtype=np.float64)
+    except SoftguardError:
+        raise
+    except Exception as error:
+        raise SoftguardError(f"guard {name!r} failed with {type(error).__name__}: {error}; nothing was taken as safe")
+    if values.shape != (count,):
+        raise SoftguardError(f"guard {name!r} gave shape {values.shape} for {count} texts; it must give one number each")
+    bad = np.flatnonzero(~((values >= 0) & (values <= 1)))  # NaN fails both comparisons
+    if len(bad):
+        raise SoftguardError(
+            f"guard {name!r} gave {values[bad[0]]} for text {bad[0]}; p(safe) must lie in [0, 1], nothing was taken as safe"
+        )
+    return values
