@@ -5,7 +5,9 @@ or `response_safety` below, which fail closed: an exception, a NaN, a value outs
 error, never a "safe".
 """
 
+import importlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +33,36 @@ class Guard(Protocol):
 
     def response_safety(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float] | Probabilities:
         """p(safe | prompt, response), one a pair."""
+
+
+def load_guard(spec: str) -> Guard:
+    """Find a guard by `spec`: "bundled", a folder with a card.json, or "package.module:function".
+
+    A function is called as f(prompts, responses or None) and gives p(safe), see `CallableGuard`.
+    Raises SoftguardError if there is no such guard.
+    """
+    if spec == "bundled" or Path(spec, "card.json").is_file():
+        from softguard.guards.encoder import BUNDLED, EncoderGuard
+
+        return EncoderGuard.load(BUNDLED if spec == "bundled" else spec)
+    module_name, colon, attribute = spec.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
+        raise SoftguardError(
+            f"guard {spec!r} is neither 'bundled', nor a folder with a card.json, nor 'package.module:function'"
+        )
+    from softguard.guards.callable import CallableGuard
+
+    try:
+        found: object = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:
+        raise SoftguardError(f"guard {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise SoftguardError(
+            f"guard {spec!r} is a {type(found).__name__}, not a function f(prompts, responses or None)"
+        )
+    return CallableGuard(found, name=spec)
 
 
 def prompt_safety(guard: Guard, prompts: Sequence[str]) -> Probabilities:
@@ -61,7 +93,9 @@ def _checked(name: str, count: int, ask: Callable[[], Sequence[float] | Probabil
     except Exception as error:
         raise SoftguardError(f"guard {name!r} failed with {type(error).__name__}: {error}; nothing was taken as safe")
     if values.shape != (count,):
-        raise SoftguardError(f"guard {name!r} gave shape {values.shape} for {count} texts; it must give one number each")
+        raise SoftguardError(
+            f"guard {name!r} gave shape {values.shape} for {count} texts; it must give one number each"
+        )
     bad = np.flatnonzero(~((values >= 0) & (values <= 1)))  # NaN fails both comparisons
     if len(bad):
         raise SoftguardError(
