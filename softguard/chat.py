@@ -1,0 +1,166 @@
+"""The chat format: how a prompt becomes tokens, and the one place that decides where the soft prompt stands.
+
+Every row the model sees reads
+
+    [constant prefix: template text and soft prompt] [user text] [template text] [response]
+
+The constant prefix is the same for all rows, so it is run once and shared (see `prefix.py`). User text is encoded apart
+from the template, so that a user who spells control tokens (`<|im_end|>`) gets plain characters.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softguard.errors import SoftguardError
+
+Slot = Literal["start", "system"]
+
+
+class Turn(NamedTuple):
+    """One message of a conversation."""
+
+    role: Literal["user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Token ids before and after the place of the soft prompt, up to the first user text."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+class Chat:
+    """A tokenizer's chat template, taken apart into constant and variable pieces."""
+
+    def __init__(self, tokenizer: Any, slot: Slot = "start", extra_stops: Sequence[int] = ()) -> None:
+        """`slot`: "start" puts the soft prompt before everything (the place PEFT uses), "system" inside the system message.
+
+        `extra_stops` are further end-of-turn ids, from the model's generation settings.
+        Raises SoftguardError if the tokenizer has no chat template or the template has no system message to enter.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise SoftguardError("the model's tokenizer has no chat template; use an instruction-tuned model")
+        if slot not in ("start", "system"):
+            raise SoftguardError(f"slot is {slot!r}; it must be start or system")
+        self.tokenizer = tokenizer
+        self.slot: Slot = slot
+        template = str(tokenizer.chat_template)
+        # Special tokens, and added tokens the template itself uses (Qwen's <tool_call> is not marked special).
+        control = {
+            str(token)
+            for token in tokenizer.added_tokens_decoder.values()
+            if len(str(token)) > 1 and (token.special or str(token) in template)
+        }
+        longest_first = sorted(control, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first))) if control else None
+
+        opening, closing = self._fixed([Turn("user", "")], answer=False)
+        system_header = self._system_header() if slot == "system" else ""
+        if not opening.startswith(system_header):
+            raise SoftguardError("the chat template has no fixed system message; use slot: start")
+        self.prefix = Prefix(self._template_ids(system_header), self._template_ids(opening[len(system_header) :]))
+        self._closing = self._template_ids(closing)
+        after_answer = self._template_ids(self._fixed([Turn("user", ""), Turn("assistant", "")], answer=True)[-1])
+        special = set(tokenizer.all_special_ids)
+        self.end_id: int = next((i for i in after_answer if i in special), tokenizer.eos_token_id)
+        self.stop_ids: frozenset[int] = frozenset({self.end_id, tokenizer.eos_token_id, *extra_stops})
+
+    def encode(self, prompt: str) -> list[int]:
+        """Ids that follow the constant prefix for a single-turn prompt, up to where the response begins."""
+        return [*self.plain_ids(prompt), *self._closing]
+
+    def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
+        """Ids that follow the constant prefix for a conversation ending in a user turn."""
+        pieces = self._fixed(turns, answer=False)[1:]
+        return [
+            i for turn, after in zip(turns, pieces, strict=True) for i in (*self.plain_ids(turn.text), *self._template_ids(after))
+        ]
+
+    def encode_response(self, response: str) -> list[int]:
+        """Ids of a complete response: its text and the end-of-turn token (without it refusals run on)."""
+        return [*self.plain_ids(response), self.end_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of response ids, control tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Encode text of a user or a model so that no control token can come out of it.
+
+        A control token spelt in the text is cut after its first character and the parts are encoded apart.
+        """
+        cuts = [0, *(m.start() + 1 for m in self._control.finditer(text)), len(text)] if self._control else [0, len(text)]
+        ids: list[int] = []
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            ids += self.tokenizer.encode(text[start:end], add_special_tokens=False)
+        return ids
+
+    def _template_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _fixed(self, turns: Sequence[Turn], answer: bool) -> list[str]:
+        """The template's own text before, between and after the messages' contents."""
+        marks = [f"\ue000{i}\ue001" for i in range(len(turns))]
+        text = self._render([{"role": t.role, "content": m} for t, m in zip(turns, marks, strict=True)], not answer)
+        pieces = []
+        for mark in marks:
+            before, found, text = text.partition(mark)
+            if not found:
+                raise SoftguardError("the chat template drops or repeats a message; only plain chat templates work")
+            pieces.append(before)
+        return [*pieces, text]
+
+    def _system_header(self) -> str:
+        mark = "\ue000s\ue001"
+        try:
+            text = self._render([{"role": "system", "content": mark}, {"role": "user", "content": "x"}], True)
+        except Exception:  # templates refuse a role by raising whatever jinja gives them
+            text = ""
+        if mark not in text:
+            raise SoftguardError("the chat template takes no system message; use slot: start")
+        return text.partition(mark)[0]
+
+    def _render(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+
+
+class Rows(NamedTuple):
+    """Token rows aligned at the border between prompt and continuation.
+
+    ids: (rows, width) int64; prompts end, and continuations begin, at one column for all rows, so that the logits wanted
+    are the last columns of every row. mask: (rows, width), 1 on real tokens. The constant prefix is not part of them.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def positions(self, prefix_length: int) -> Tensor:
+        """(rows, width) position of every token behind `prefix_length` prefix tokens."""
+        return prefix_length + (self.mask.cumsum(-1) - 1).clamp(min=0)
+
+    def full_mask(self, prefix_length: int) -> Tensor:
+        """(rows, prefix_length + width) attention mask with the prefix visible to every row."""
+        return torch.cat([self.mask.new_ones(len(self.mask), prefix_length), self.mask], dim=1)
+
+
+def align(prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], pad_id: int, device: Any) -> Rows:
+    """Pad prompts on the left and continuations on the right.
+
+    `continuations` may be empty lists. Returns `Rows` of width max(prompt) + max(continuation).
+    """
+    left = max(map(len, prompts))
+    right = max(map(len, continuations))
+    ids = torch.full((len(prompts), left + right), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        start, end = left - len(prompt), left + len(continuation)
+        ids[row, start:end] = torch.tensor([*prompt, *continuation])
+        mask[row, start:end] = 1
+    return Rows(ids.to(device), mask.to(device))

@@ -1,0 +1,224 @@
+"""Recipes: one frozen dataclass a stage, read from and written to YAML.
+
+A recipe is a YAML mapping with the sections of `Recipe`; everything left out keeps its default. An unknown key, a wrong
+type or an impossible value is an error that names the key and, for a typing slip, the nearest known one.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from softguard.errors import SoftguardError
+
+DEFAULT_INSTRUCTION = (
+    "If the request is harmful, illegal, hateful, dangerous or invades somebody's privacy, refuse. "
+    "Otherwise help as well as you can."
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    name: str = "smollm2"  # hub id, folder with safetensors, .gguf file, or "smollm2", the installed demo model
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    threads: int = 0  # CPU threads; 0 leaves PyTorch's own choice
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """The safe LLM system that is distilled: base model, guard and refusal."""
+
+    guard: str = "bundled"  # "bundled", a folder with card.json, or "package.module:callable"
+    mode: Literal["prompt", "response"] = "prompt"  # what the guard reads
+    decision: Literal["threshold", "probabilistic"] = "threshold"
+    threshold: float | None = None  # p(safe) below it is refused; none: the guard's own
+    refusal: str = "Sorry, I cannot help with this matter."
+
+
+@dataclass(frozen=True)
+class TeachConfig:
+    """Drawing responses from the base and scoring them with the guard."""
+
+    prompts: str = "packaged:train"  # a file (JSONL, CSV, text, Parquet), "packaged:SPLIT" or "hub:DATASET[:SPLIT]"
+    validation: str = "packaged:validation"
+    limit: int = 0  # prompts of each of the two sets at most; 0 takes all
+    responses: int = 1  # K, drawn for every prompt
+    max_new_tokens: int = 16
+    temperature: float = 1.0  # 1 draws from the base's own law, which the objectives assume; 0 is greedy
+    batch_size: int = 64
+    shard_size: int = 512  # prompts a Parquet shard, the unit of resumption
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """Training the soft prompt."""
+
+    objective: str = "tv"
+    length: Literal["sum", "mean"] = "sum"  # log-probabilities summed (calibrated) or averaged over tokens
+    slot: Literal["start", "system"] = "start"
+    n_soft: int = 32
+    init_text: str = DEFAULT_INSTRUCTION
+    steps: int = 120
+    batch_size: int = 24  # prompts a step
+    accumulate: int = 1  # micro-batches a step is cut into
+    learning_rate: float = 5e-3
+    warmup: int = 10  # steps
+    clip: float = 1.0  # gradient norm
+    safe_weight: float = 1.0
+    refusal_weight: float = 1.0
+    validate_every: int = 30  # steps
+    validation_prompts: int = 96
+    patience: int = 4  # validations without improvement before stopping
+    checkpoint_every: int = 10  # steps
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measuring base, safe system and base + adapter."""
+
+    suites: tuple[str, ...] = ("harmful", "contrast", "everyday", "drift")
+    split: Literal["train", "validation", "test"] = "test"
+    limit: int = 0  # prompts a suite; 0 takes all
+    max_new_tokens: int = 40
+    batch_size: int = 64
+    judge: str = "bundled"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a result."""
+
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+    teach: TeachConfig = field(default_factory=TeachConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        """Raises SoftguardError for values no stage could run with."""
+        d, t = self.distil, self.teach
+        positive = {
+            "distil.n_soft": d.n_soft, "distil.steps": d.steps, "distil.batch_size": d.batch_size,
+            "distil.accumulate": d.accumulate, "distil.learning_rate": d.learning_rate, "distil.clip": d.clip,
+            "distil.validate_every": d.validate_every, "distil.validation_prompts": d.validation_prompts,
+            "distil.patience": d.patience, "distil.checkpoint_every": d.checkpoint_every,
+            "teach.responses": t.responses, "teach.max_new_tokens": t.max_new_tokens, "teach.batch_size": t.batch_size,
+            "teach.shard_size": t.shard_size, "evaluate.max_new_tokens": self.evaluate.max_new_tokens,
+            "evaluate.batch_size": self.evaluate.batch_size,
+        }  # fmt: skip
+        for key, value in positive.items():
+            if not value > 0:
+                raise SoftguardError(f"{key} is {value}; it must be greater than 0")
+        not_negative = {
+            "teach.temperature": t.temperature, "teach.limit": t.limit, "evaluate.limit": self.evaluate.limit,
+            "distil.warmup": d.warmup, "distil.safe_weight": d.safe_weight, "distil.refusal_weight": d.refusal_weight,
+            "model.threads": self.model.threads,
+        }  # fmt: skip
+        for key, value in not_negative.items():
+            if not value >= 0:
+                raise SoftguardError(f"{key} is {value}; it must not be negative")
+        if d.accumulate > d.batch_size:
+            raise SoftguardError(f"distil.accumulate is {d.accumulate}; it must not exceed distil.batch_size {d.batch_size}")
+        if self.system.threshold is not None and not 0 <= self.system.threshold <= 1:
+            raise SoftguardError(f"system.threshold is {self.system.threshold}; it must lie in [0, 1]")
+        if not self.system.refusal.strip():
+            raise SoftguardError("system.refusal is empty; give the text of the refusal")
+
+
+def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, or the defaults, and apply overrides of the form `section.key=value` (value in YAML).
+
+    Raises SoftguardError for an unreadable file, an unknown key or a value of the wrong type.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SoftguardError(f"recipe {path} cannot be read ({error.strerror}); check the path") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SoftguardError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(loaded or {}, dict):
+            raise SoftguardError(f"recipe {path} must be a mapping of sections, not {type(loaded).__name__}")
+        values = loaded or {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise SoftguardError(f"override {override!r} must read section.key=value")
+        *sections, last = key.strip().split(".")
+        target = values
+        for section in sections:
+            inner = target.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise SoftguardError(f"override {override!r}: {section} is not a section")
+            target = inner
+        try:
+            target[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SoftguardError(f"override {override!r}: the value is not valid YAML") from error
+    return _build(Recipe, values, "")  # type: ignore[no-any-return]
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back unchanged."""
+    import yaml
+
+    return yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def fingerprint(*configs: Any) -> str:
+    """Identity of one or more (nested) frozen dataclasses or plain values: 16 hex digits."""
+    text = json.dumps([_plain(c) for c in configs], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _build(kind: type[Any], values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise SoftguardError(f"recipe key {where.rstrip('.')} must be a section, not {values!r}")
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
+            raise SoftguardError(f"recipe key {where}{key} is unknown; did you mean {where}{near[0]}?")
+    return kind(**{key: _convert(hints[key], value, where + key) for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type[Any], hint), value, key + ".")
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise SoftguardError(f"{key} is {value!r}; it must be one of {', '.join(map(str, typing.get_args(hint)))}")
+    if typing.get_origin(hint) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(str, item, key) for item in items)
+    kinds = typing.get_args(hint) or (hint,)
+    if float in kinds and isinstance(value, str):  # YAML 1.1 reads 5e-3 as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        names = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
+        raise SoftguardError(f"{key} is {value!r}; it must be {names}")
+    return value

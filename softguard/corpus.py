@@ -1,0 +1,215 @@
+"""The corpus: for each prompt K responses drawn from the base, what the guard says of them, and the refusal rate U(x).
+
+On disk: `manifest.json` beside one folder a split, each holding Parquet shards of `shard_size` prompts. A shard is written
+whole or not at all and holds nothing that depends on when or how often the drawing was interrupted; a killed run resumes at
+its first missing shard and ends with the same bytes. Drawing and reading need the memory of one shard, however many there are.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from softguard.chat import Chat
+from softguard.config import Recipe, fingerprint
+from softguard.engine import Engine
+from softguard.errors import SoftguardError
+from softguard.files import read_json, write_file, write_json
+from softguard.models import BaseModel
+from softguard.prompts import Prompt, read_prompts
+from softguard.system import SafeSystem
+
+VERSION = 1
+SPLITS = ("train", "validation")
+_ROW_GROUP = 32  # prompts; what reading one example costs
+_SCHEMA = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("label", pa.string()),
+        ("tokens", pa.int32()),  # of the prompt, for batching by length
+        ("refusal_rate", pa.float64()),  # U(x)
+        ("responses", pa.list_(pa.struct([("ids", pa.list_(pa.int32())), ("p_safe", pa.float64()), ("keep", pa.float64())]))),
+    ]
+)
+
+
+class Draw(NamedTuple):
+    """One response drawn from the base."""
+
+    ids: tuple[int, ...]
+    p_safe: float  # what the guard said
+    keep: float  # α, what the system makes of it
+
+
+class Example(NamedTuple):
+    """One prompt of the corpus."""
+
+    prompt: str
+    label: str
+    refusal_rate: float
+    responses: tuple[Draw, ...]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A finished corpus on disk."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path, base: BaseModel | None = None) -> "Corpus":
+        """Open a finished corpus and, given a base, check that the base drew it.
+
+        Raises SoftguardError if it is missing, unfinished, damaged or another model's.
+        """
+        manifest = read_json(folder / "manifest.json", "corpus")
+        if manifest.get("version") != VERSION:
+            raise SoftguardError(f"corpus {folder} has version {manifest.get('version')}, this softguard reads {VERSION}; teach again")
+        if not manifest.get("fingerprint"):
+            raise SoftguardError(f"corpus {folder} is unfinished; run the same teach command again to complete it")
+        if base is not None and manifest["base"] != base.fingerprint:
+            raise SoftguardError(
+                f"corpus {folder} was drawn from model {manifest['model']!r} ({manifest['base']}), not from {base.name!r} "
+                f"({base.fingerprint}); teach again with this model"
+            )
+        return cls(folder, manifest)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the corpus's content."""
+        return str(self.manifest["fingerprint"])
+
+    def lengths(self, split: str) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Prompt lengths in tokens, (prompts,), for batching by length."""
+        columns = [pq.read_table(path, columns=["tokens"])["tokens"].to_numpy() for path in self._shards(split)]
+        return np.concatenate(columns) if columns else np.empty(0, np.int32)
+
+    def examples(self, split: str, indices: list[int]) -> list[Example]:
+        """The examples at `indices`, in that order; reads only their row groups."""
+        size = int(self.manifest["shard_size"])
+        found: dict[int, Example] = {}
+        for shard in sorted({i // size for i in indices}):
+            with self._shard(split, shard) as table:
+                here = [i for i in indices if i // size == shard]
+                for group in sorted({i % size // _ROW_GROUP for i in here}):
+                    rows = table.read_row_group(group).to_pylist()
+                    for i in here:
+                        if i % size // _ROW_GROUP == group:
+                            found[i] = _example(rows[i % size % _ROW_GROUP])
+        return [found[i] for i in indices]
+
+    def _shards(self, split: str) -> list[Path]:
+        return [self.folder / split / f"{i:05d}.parquet" for i in range(len(self.manifest["shards"][split]))]
+
+    def _shard(self, split: str, number: int) -> pq.ParquetFile:
+        path = self._shards(split)[number]
+        try:
+            return pq.ParquetFile(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise SoftguardError(f"corpus shard {path} is missing or damaged ({error}); remove it and teach again") from error
+
+
+def teach(
+    recipe: Recipe,
+    out: Path,
+    base: BaseModel,
+    system: SafeSystem,
+    progress: Callable[[str, int], None] = lambda split, done: None,
+) -> Corpus:
+    """Draw and score the corpus a recipe asks for, or complete a half-finished one.
+
+    `progress` is told the split and how many prompts were finished. Raises SoftguardError for bad prompts, a failing guard
+    (shards finished so far stay and are not drawn again), a full disk, or a folder that holds another recipe's corpus.
+    """
+    chat = Chat(base.tokenizer, "start", base.stop_ids)
+    teacher = {
+        "version": VERSION,
+        "model": base.name,
+        "base": base.fingerprint,
+        "guard": system.guard.name,
+        "settings": fingerprint(
+            base.fingerprint, system.guard.fingerprint, system.threshold, recipe.system, recipe.teach, recipe.seed, recipe.model.dtype
+        ),
+        "shard_size": recipe.teach.shard_size,
+    }
+    if (out / "manifest.json").is_file():
+        found = read_json(out / "manifest.json", "corpus")
+        for key in ("version", "base", "settings"):
+            if found.get(key) != teacher[key]:
+                raise SoftguardError(f"{out} holds a corpus made with other settings ({key} differs); choose another --out or remove it")
+        if found.get("fingerprint"):
+            return Corpus.open(out, base)
+    else:
+        write_json(out / "manifest.json", {**teacher, "fingerprint": None, "shards": None})
+    engine = Engine(base, chat)
+    shards = {
+        split: [digest for digest in _draw_split(recipe, source, out / split, engine, system, lambda n, s=split: progress(s, n))]
+        for split, source in zip(SPLITS, (recipe.teach.prompts, recipe.teach.validation), strict=True)
+    }
+    write_json(out / "manifest.json", {**teacher, "fingerprint": fingerprint(teacher["settings"], shards), "shards": shards})
+    return Corpus.open(out, base)
+
+
+def _draw_split(
+    recipe: Recipe, source: str, folder: Path, engine: Engine, system: SafeSystem, progress: Callable[[int], None]
+) -> Iterator[str]:
+    """Make the split's missing shards; yields the digest of every shard's content."""
+    prompts = read_prompts(source, recipe.teach.limit)
+    number = 0
+    while shard := list(islice(prompts, recipe.teach.shard_size)):
+        path = folder / f"{number:05d}.parquet"
+        asked = hashlib.sha256("\0".join(p.text for p in shard).encode()).hexdigest()[:16]
+        if path.is_file():
+            try:
+                stored = (pq.read_schema(path).metadata or {}).get(b"prompts", b"").decode()
+            except (OSError, pa.ArrowInvalid):
+                stored = ""
+            if stored != asked:
+                raise SoftguardError(f"{path} holds other prompts than {source} has now; choose another --out or remove it")
+            progress(len(shard))
+        else:
+            table = _draw(recipe, shard, engine, system, progress).replace_schema_metadata({"prompts": asked})
+            write_file(path, lambda beside, table=table: pq.write_table(table, beside, row_group_size=_ROW_GROUP))
+        yield hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        number += 1
+
+
+def _draw(recipe: Recipe, shard: list[Prompt], engine: Engine, system: SafeSystem, progress: Callable[[int], None]) -> pa.Table:
+    """Responses, guard scores and refusal rates of one shard."""
+    teach, k = recipe.teach, recipe.teach.responses
+    repeated = [prompt.text for prompt in shard for _ in range(k)]
+    done = 0
+
+    def count(rows: int) -> None:
+        nonlocal done
+        progress((done + rows) // k - done // k)
+        done += rows
+
+    drawn = engine.generate(repeated, teach.max_new_tokens, teach.batch_size, teach.temperature, recipe.seed, count)
+    p_safe = system.p_safe(repeated, [response.text for response in drawn])
+    keep = system.keep(p_safe)
+    rows = []
+    for i, prompt in enumerate(shard):
+        own = range(i * k, i * k + k)
+        rows.append(
+            {
+                "prompt": prompt.text,
+                "label": prompt.label,
+                "tokens": len(engine.chat.encode(prompt.text)),
+                "refusal_rate": float(np.mean([1 - keep[j] for j in own])),
+                "responses": [{"ids": drawn[j].ids, "p_safe": float(p_safe[j]), "keep": float(keep[j])} for j in own],
+            }
+        )
+    return pa.Table.from_pylist(rows, _SCHEMA)
+
+
+def _example(row: dict[str, Any]) -> Example:
+    responses = tuple(Draw(tuple(r["ids"]), r["p_safe"], r["keep"]) for r in row["responses"])
+    return Example(row["prompt"], row["label"], row["refusal_rate"], responses)

@@ -1,0 +1,311 @@
+"""The one training loop: corpus in, soft prompt out.
+
+A step runs the constant prefix once, lets every row of every micro-batch read its keys and values, gathers the gradients
+there and carries them through the prefix at the end. Batches are a function of (seed, step) alone and checkpoints hold
+the optimiser's whole state, so that a killed run goes on and ends with the weights of an undisturbed one.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softguard.adapters import SoftPrompt, initial_vectors
+from softguard.chat import Chat, align
+from softguard.config import Recipe, fingerprint
+from softguard.corpus import Corpus, Example
+from softguard.divergences import selected, token_tv
+from softguard.errors import SoftguardError
+from softguard.files import read_json, write_file, write_json, write_text
+from softguard.models import BaseModel
+from softguard.objectives import Batch, Losses, find_objective
+from softguard.prefix import continuation_logits, run_prefix
+
+_WINDOW = 8  # batches among which prompts are grouped by length
+_NO_WEIGHT = 1e-3  # branches the system takes less often than this are left out
+
+
+class Step(NamedTuple):
+    """What one line of `log.jsonl` says."""
+
+    step: int
+    kind: str  # "train" or "validation"
+    safe: float  # loss of the safe branch
+    refusal: float  # loss of the refusal branch
+    token_tv: float  # to the base, mean over tokens of answers the system keeps
+    refuses: float  # share of prompts the system refuses for which the student's likeliest first token is the refusal's
+    over_refuses: float  # the same share of prompts the system answers
+
+
+def distil(
+    recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel, progress: Callable[[Step], None] = lambda step: None
+) -> SoftPrompt:
+    """Train the soft prompt a recipe describes and save it under `out`; resumes from `out/checkpoint` where one is.
+
+    Every line of `out/log.jsonl` is also given to `progress`. Raises SoftguardError if the corpus is another model's, `out`
+    holds another recipe's run, or the loss is no longer finite.
+    """
+    trainer = _Trainer(recipe, Corpus.open(corpus.folder, base), out, base)
+    return trainer.run(progress)
+
+
+class _Trainer:
+    def __init__(self, recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> None:
+        from accelerate import Accelerator
+        from transformers import get_cosine_schedule_with_warmup
+
+        self.recipe, self.config, self.corpus, self.out, self.base = recipe, recipe.distil, corpus, out, base
+        self.objective = find_objective(self.config.objective)
+        self.chat = Chat(base.tokenizer, self.config.slot, base.stop_ids)
+        self.refusal = self.chat.encode_response(recipe.system.refusal)
+        self.accelerator = Accelerator(cpu=base.device.type == "cpu")
+        self.vectors = torch.nn.Parameter(initial_vectors(base, self.config.init_text, self.config.n_soft))
+        optimiser = torch.optim.Adam([self.vectors], lr=self.config.learning_rate, eps=1e-7)
+        schedule = get_cosine_schedule_with_warmup(optimiser, self.config.warmup, self.config.steps)
+        self.optimiser, self.schedule = self.accelerator.prepare(optimiser, schedule)
+        with torch.inference_mode(False), torch.no_grad():
+            self.teacher_prefix = run_prefix(base, self.chat, None)
+        self.best = self.vectors.detach().clone()
+        self.best_loss, self.since_best, self.step = float("inf"), 0, 0
+        self.settings = fingerprint(base.fingerprint, corpus.fingerprint, recipe.distil, recipe.system, recipe.seed, recipe.model.dtype)
+        self.log: list[str] = []
+
+    def run(self, progress: Callable[[Step], None]) -> SoftPrompt:
+        self._resume()
+        for line in self.log:
+            progress(Step(**json.loads(line)))
+        batches = _batches(self.corpus, self.config.batch_size, self.recipe.seed)
+        for _ in range(self.step):
+            next(batches)
+        while self.step < self.config.steps and self.since_best < self.config.patience:
+            entry = self._train_step(*next(batches))
+            self.step += 1
+            entries = [entry._replace(step=self.step)]
+            last = self.step == self.config.steps
+            if last or self.step % self.config.validate_every == 0:
+                entries.append(self._validate())
+            for e in entries:
+                self.log.append(json.dumps(e._asdict()))
+                progress(e)
+            if last or len(entries) > 1 or self.step % self.config.checkpoint_every == 0:
+                self._checkpoint()
+        prompt = SoftPrompt(self.best, self.config.slot, self._facts())
+        prompt.save(self.out, self.base)
+        return prompt
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "objective": self.config.objective,
+            "length": self.config.length,
+            "refusal": self.recipe.system.refusal,
+            "guard": self.corpus.manifest["guard"],
+            "corpus": self.corpus.fingerprint,
+            "settings": self.settings,
+            "seed": self.recipe.seed,
+            "steps": self.step,
+            "validation_loss": self.best_loss,
+        }
+
+    def _train_step(self, indices: list[int], epoch: int) -> Step:
+        examples = self.corpus.examples("train", indices)
+        self.optimiser.zero_grad()
+        prefix = run_prefix(self.base, self.chat, self.vectors)
+        leaves = _detach(prefix)
+        parts = []
+        for i in range(self.config.accumulate):
+            part = examples[i :: self.config.accumulate]
+            losses, facts = self._losses(prefix, part, epoch, len(examples))
+            total = self.config.safe_weight * losses.safe + self.config.refusal_weight * losses.refusal
+            if not torch.isfinite(total):
+                raise SoftguardError(
+                    f"the loss is {total.item()} at step {self.step + 1}; lower distil.learning_rate (it is {self.config.learning_rate})"
+                )
+            self.accelerator.backward(total)
+            parts.append((losses, facts))
+        torch.autograd.backward([whole for whole, _ in leaves], [leaf.grad for _, leaf in leaves])
+        self.accelerator.clip_grad_norm_([self.vectors], self.config.clip)
+        self.optimiser.step()
+        self.schedule.step()
+        return _summary("train", [p[0] for p in parts], [p[1] for p in parts])
+
+    @torch.no_grad()
+    def _validate(self) -> Step:
+        count = len(self.corpus.lengths("validation"))
+        take = min(count, self.config.validation_prompts)
+        indices = [i * count // take for i in range(take)]
+        prefix = run_prefix(self.base, self.chat, self.vectors)
+        parts = []
+        for start in range(0, take, self.config.batch_size):
+            examples = self.corpus.examples("validation", indices[start : start + self.config.batch_size])
+            parts.append(self._losses(prefix, examples, 0, take))
+        entry = _summary("validation", [p[0] for p in parts], [p[1] for p in parts])._replace(step=self.step)
+        loss = self.config.safe_weight * entry.safe + self.config.refusal_weight * entry.refusal
+        self.since_best += 1
+        if loss < self.best_loss:
+            self.best_loss, self.since_best = loss, 0
+            self.best = self.vectors.detach().clone()
+        return entry
+
+    def _losses(self, prefix: Any, examples: Sequence[Example], epoch: int, prompts: int) -> tuple[Losses, "_Facts"]:
+        """Both branches of some examples in one forward pass of the student and one of the base."""
+        encoded = [self.chat.encode(e.prompt) for e in examples]
+        drawn = [e.responses[epoch % len(e.responses)] for e in examples]
+        safe = [i for i, draw in enumerate(drawn) if draw.keep > _NO_WEIGHT]
+        refused = [i for i, e in enumerate(examples) if e.refusal_rate > _NO_WEIGHT]
+        responses = [list(drawn[i].ids) for i in safe]
+        rows = align(
+            [encoded[i] for i in safe + refused],
+            [ids[:-1] for ids in responses] + [self.refusal[:-1]] * len(refused),
+            self.base.pad_id,
+            self.base.device,
+        )
+        keep = 1 + max(len(ids) - 1 for ids in [*responses, *([self.refusal] if refused else [])])
+        student = continuation_logits(self.base, prefix, rows, keep).log_softmax(-1)  # (rows, keep, vocabulary)
+        device, width = student.device, max(map(len, responses), default=1)
+        with torch.no_grad():
+            teacher = student[:0, :width]
+            if safe:
+                # The same rows, refusals included, so that p and q are scored in the same batch shape and padding.
+                safe_rows = rows._replace(ids=rows.ids[: len(safe)], mask=rows.mask[: len(safe)])
+                teacher = continuation_logits(self.base, self.teacher_prefix, safe_rows, keep).log_softmax(-1)[:, :width]
+        response = torch.zeros(len(safe), width, dtype=torch.long, device=device)
+        mask = torch.zeros(len(safe), width, device=device)
+        for row, ids in enumerate(responses):
+            response[row, : len(ids)] = torch.tensor(ids, device=device)
+            mask[row, : len(ids)] = 1
+
+        def numbers(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        target = torch.tensor(self.refusal, device=device).expand(len(refused), -1)
+        batch = Batch(
+            student=student[: len(safe), :width],
+            teacher=teacher,
+            response=response,
+            mask=mask,
+            p_safe=numbers([drawn[i].keep for i in safe]),
+            first_rate=numbers([examples[i].refusal_rate for i in safe]),
+            refusal=selected(student[len(safe) :, : len(self.refusal)], target),
+            refusal_rate=numbers([examples[i].refusal_rate for i in refused]),
+            refusal_token=torch.tensor(self.refusal[0], device=device),
+            prompts=prompts,
+        )
+        return self.objective(batch, self.config.length), _facts_of(batch, student[:, 0].argmax(-1), len(safe))
+
+    def _resume(self) -> None:
+        """Take up the checkpoint, if there is one, and drop log lines written after it."""
+        from safetensors.torch import load
+
+        folder = self.out / "checkpoint"
+        if not (folder / "state.json").is_file():
+            return
+        state = read_json(folder / "state.json", "checkpoint")
+        if state["settings"] != self.settings:
+            raise SoftguardError(f"{self.out} holds a run with other settings, model or corpus; choose another --out or remove it")
+        tensors = load((folder / state["tensors"]).read_bytes())
+        self.step, self.best_loss, self.since_best = state["step"], float(state["best_loss"]), state["since_best"]
+        self.vectors.data.copy_(tensors["vectors"])
+        self.best = tensors["best"].to(self.base.device)
+        current = self.optimiser.state_dict()
+        current["state"] = {0: {k.removeprefix("adam."): v for k, v in tensors.items() if k.startswith("adam.")}}
+        self.optimiser.load_state_dict(current)
+        for _ in range(self.step):  # the schedule is a function of the number of its steps
+            self.schedule.step()
+        lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        self.log = [line for line in lines if json.loads(line)["step"] <= self.step]
+
+    def _checkpoint(self) -> None:
+        """Write log and tensors under new names or whole, then the state that points to them, then drop the old tensors."""
+        from safetensors.torch import save
+
+        folder = self.out / "checkpoint"
+        adam = self.optimiser.state_dict()["state"][0]
+        tensors = {"vectors": self.vectors.detach(), "best": self.best, **{f"adam.{k}": v for k, v in adam.items()}}
+        name = f"step-{self.step}.safetensors"
+        blob = save({k: v.cpu().contiguous() for k, v in tensors.items()})
+        write_text(self.out / "log.jsonl", "".join(line + "\n" for line in self.log))
+        write_file(folder / name, lambda beside: beside.write_bytes(blob) and None)
+        write_json(
+            folder / "state.json",
+            {
+                "settings": self.settings,
+                "step": self.step,
+                "tensors": name,
+                "best_loss": self.best_loss if np.isfinite(self.best_loss) else "inf",
+                "since_best": self.since_best,
+            },
+        )
+        for old in folder.glob("step-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+
+
+class _Facts(NamedTuple):
+    """Sums over some rows, from which a log line is made."""
+
+    token_tv: float
+    tokens: float
+    refuses: int
+    refused: int
+    over_refuses: int
+    answered: int
+
+
+def _facts_of(batch: Batch, first: Tensor, safe: int) -> _Facts:
+    with torch.no_grad():
+        begins = first == batch.refusal_token
+        kept, refused = batch.p_safe > 0.5, batch.refusal_rate > 0.5
+        weight = batch.mask * kept[:, None]
+        return _Facts(
+            float((token_tv(batch.teacher, batch.student) * weight).sum()),
+            float(weight.sum()),
+            int((begins[safe:] & refused).sum()),
+            int(refused.sum()),
+            int((begins[:safe] & kept).sum()),
+            int(kept.sum()),
+        )
+
+
+def _summary(kind: str, losses: list[Losses], facts: list[_Facts]) -> Step:
+    total = _Facts(*map(sum, zip(*facts, strict=True)))  # type: ignore[arg-type]
+    return Step(
+        step=0,
+        kind=kind,
+        safe=sum(float(part.safe) for part in losses),
+        refusal=sum(float(part.refusal) for part in losses),
+        token_tv=total.token_tv / max(total.tokens, 1),
+        refuses=total.refuses / max(total.refused, 1),
+        over_refuses=total.over_refuses / max(total.answered, 1),
+    )
+
+
+def _detach(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """Cut `cache` off its graph; returns pairs (tensor of the graph, leaf that took its place and gathers its gradient)."""
+    pairs = []
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            whole = getattr(layer, name)
+            leaf = whole.detach().requires_grad_()
+            setattr(layer, name, leaf)
+            pairs.append((whole, leaf))
+    return pairs
+
+
+def _batches(corpus: Corpus, size: int, seed: int) -> Iterator[tuple[list[int], int]]:
+    """Endless (indices, epoch); every epoch visits all prompts once, those of like length in a window together."""
+    lengths = corpus.lengths("train")
+    epoch = 0
+    while True:
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(len(lengths))
+        for start in range(0, len(order), size * _WINDOW):
+            window = order[start : start + size * _WINDOW]
+            window = window[np.argsort(lengths[window], kind="stable")]
+            groups = [window[i : i + size].tolist() for i in range(0, len(window), size)]
+            for i in rng.permutation(len(groups)):
+                yield groups[i], epoch
+        epoch += 1

