@@ -29,8 +29,8 @@ class Engine:
         self.base = base
         self.chat = chat
         with torch.inference_mode():
-            self._prefix = run_prefix(base, chat, soft_prompt)
-        self.prefix_length: int = self._prefix.get_seq_length()
+            self.prefix = run_prefix(base, chat, soft_prompt)
+        self.prefix_length: int = self.prefix.get_seq_length()
 
     def generate(
         self,
@@ -99,7 +99,7 @@ class Engine:
     ) -> Iterator[dict[int, int]]:
         """Yield, step by step, the next id of every row that has not ended; ended rows leave the batch."""
         rows = align(prompts, [[]] * len(prompts), self.base.pad_id, self.base.device)
-        cache = share(self.base, self._prefix, len(prompts))
+        cache = share(self.base, self.prefix, len(prompts))
         mask, positions, ids = rows.full_mask(self.prefix_length), rows.positions(self.prefix_length), rows.ids
         alive = list(range(len(prompts)))
         for step in range(new):

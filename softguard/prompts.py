@@ -48,12 +48,13 @@ def read_prompts(source: str, limit: int = 0) -> Iterator[Prompt]:
         raise SoftguardError(f"{source} holds no prompts; give at least one")
 
 
-def packaged_suite(suite: str, split: str, limit: int = 0) -> list[Prompt]:
-    """The packaged prompts of one suite (harmful, contrast, everyday) and split, thinned evenly to `limit`."""
-    return _thin([p for p in read_prompts(f"{PACKAGED}:{split}") if p.suite == suite], limit)
+def packaged_suite(suite: str, split: str) -> list[Prompt]:
+    """The packaged prompts of one suite (harmful, contrast, everyday) and split."""
+    return [p for p in read_prompts(f"{PACKAGED}:{split}") if p.suite == suite]
 
 
-def _thin(items: list[T], limit: int) -> list[T]:
+def thin(items: list[T], limit: int) -> list[T]:
+    """`limit` items spread evenly over the list; all of them if `limit` is 0 or no smaller."""
     if not limit or limit >= len(items):
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
@@ -76,7 +77,7 @@ def _packaged(source: str, limit: int) -> Iterator[tuple[str, Mapping[str, Any]]
     if split not in ("train", "validation", "test"):
         raise SoftguardError(f"{source!r}: split {split!r} is unknown; use packaged:train, :validation or :test")
     path = Path(str(resources.files("softguard") / "data" / "prompts.jsonl"))
-    return iter(_thin([(where, row) for where, row in _file(path) if row["split"] == split], limit))
+    return iter(thin([(where, row) for where, row in _file(path) if row["split"] == split], limit))
 
 
 def _file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -58,7 +58,7 @@ def load_guard(spec: str) -> Guard:
             found = getattr(found, part)
     except Exception as error:
         raise SoftguardError(f"guard {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(found):
+    if not isinstance(found, Callable):  # the builtin `callable` is hidden by the submodule of that name
         raise SoftguardError(
             f"guard {spec!r} is a {type(found).__name__}, not a function f(prompts, responses or None)"
         )
@@ -91,7 +91,9 @@ def _checked(name: str, count: int, ask: Callable[[], Sequence[float] | Probabil
     except SoftguardError:
         raise
     except Exception as error:
-        raise SoftguardError(f"guard {name!r} failed with {type(error).__name__}: {error}; nothing was taken as safe")
+        raise SoftguardError(
+            f"guard {name!r} failed with {type(error).__name__}: {error}; nothing was taken as safe"
+        ) from error
     if values.shape != (count,):
         raise SoftguardError(
             f"guard {name!r} gave shape {values.shape} for {count} texts; it must give one number each"
@@ -99,6 +101,6 @@ def _checked(name: str, count: int, ask: Callable[[], Sequence[float] | Probabil
     bad = np.flatnonzero(~((values >= 0) & (values <= 1)))  # NaN fails both comparisons
     if len(bad):
         raise SoftguardError(
-            f"guard {name!r} gave {values[bad[0]]} for text {bad[0]}; p(safe) must lie in [0, 1], nothing was taken as safe"
+            f"guard {name!r} gave {values[bad[0]]} for text {bad[0]}; p(safe) lies in [0, 1], nothing was taken as safe"
         )
     return values

@@ -1,0 +1,97 @@
+"""What each system costs: parameters, bytes, time to first token, tokens a second; and on what that was measured."""
+
+import platform
+import statistics
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from typing import NamedTuple
+
+import torch
+
+from softguard.adapters import SoftPrompt
+from softguard.chat import Turn
+from softguard.engine import Engine
+from softguard.models import BaseModel
+from softguard.system import SafeSystem
+
+_PROMPT = "Explain in a few sentences why the sky is blue during the day and red in the evening."
+_ROUNDS = 7
+_TOKENS = 24
+
+
+class Cost(NamedTuple):
+    """One figure of cost."""
+
+    system: str
+    metric: str
+    value: float
+    unit: str
+
+
+def measure_cost(
+    base: BaseModel, base_engine: Engine, system: SafeSystem, adapter: SoftPrompt | None, distilled_engine: Engine | None
+) -> list[Cost]:
+    """Sizes of every system, and medians over rounds in which the systems take turns.
+
+    The safe system's time to first token is what its user waits for: a prompt guard is asked before the base begins, a
+    response guard after all `_TOKENS` tokens are there.
+    """
+    model = sum(p.numel() for p in base.model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    guard = getattr(system.guard, "parameters", 0)  # a callable has no size of its own
+    costs = [
+        Cost("base", "parameters", model, "count"),
+        Cost("safe_system", "parameters", model + guard, "count"),
+        Cost("base", "weights in memory", weights, "bytes"),
+        Cost("safe_system", "weights in memory", weights + 4 * guard, "bytes"),
+    ]
+    engines = {"base": base_engine}
+    if adapter is not None and distilled_engine is not None:
+        engines["distilled"] = distilled_engine
+        extra = adapter.vectors.numel()
+        costs.append(Cost("distilled", "parameters", model + extra, "count"))
+        costs.append(Cost("distilled", "weights in memory", weights + extra * adapter.vectors.element_size(), "bytes"))
+        costs.append(Cost("distilled", "adapter", extra * adapter.vectors.element_size(), "bytes"))
+    for name, (first, rate) in _times(engines, system).items():
+        costs.append(Cost(name, "time to first token", first, "ms"))
+        costs.append(Cost(name, "decoding speed", rate, "tokens/s"))
+    return costs
+
+
+def _times(engines: Mapping[str, Engine], system: SafeSystem) -> dict[str, tuple[float, float]]:
+    """Median milliseconds to the first token and tokens a second, by system."""
+    first: dict[str, list[float]] = {name: [] for name in (*engines, "safe_system")}
+    rate: dict[str, list[float]] = {name: [] for name in first}
+    for round_ in range(_ROUNDS + 1):
+        for name, engine in engines.items():
+            begin = time.perf_counter()
+            pieces = engine.stream([Turn("user", _PROMPT)], _TOKENS)
+            text = next(pieces)
+            begun = time.perf_counter()
+            made = 1 + sum(1 for _ in pieces)
+            end = time.perf_counter()
+            text = text or " "
+            timed = [(name, begun - begin, end - begin)]
+            if name == "base":
+                asked = time.perf_counter()
+                system.p_safe([_PROMPT], [text])
+                guard = time.perf_counter() - asked
+                waited = guard + (begun - begin if system.config.mode == "prompt" else end - begin)
+                timed.append(("safe_system", waited, guard + end - begin))
+            if round_:  # the first round warms up
+                for who, wait, whole in timed:
+                    first[who].append(1000 * wait)
+                    rate[who].append(made / whole)
+    return {name: (statistics.median(first[name]), statistics.median(rate[name])) for name in first}
+
+
+def versions() -> dict[str, str]:
+    """Package versions, processor and threads behind a measurement."""
+    packages = ("softguard", "torch", "transformers", "peft", "accelerate", "scikit-learn")
+    return {
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in packages},
+        "cpu": platform.processor() or platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }

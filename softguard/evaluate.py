@@ -1,0 +1,243 @@
+"""Measure base, safe system and distilled model on suites, and write the versioned contract `results.json`.
+
+`results.json`, schema 1:
+
+    {"schema": 1, "model": str, "guard": str, "judge": str,
+     "rows": [{"system": "base" | "safe_system" | "distilled", "method": str, "suite": str, "split": str, "metric": str,
+               "value": float, "low": float, "high": float, "n": int}],
+     "cost": [{"system": str, "metric": str, "value": float, "unit": str}],
+     "versions": {package: version, "threads": str, "cpu": str}, "seed": int}
+
+Metrics: safety (share of answers the judge calls safe), refusal (share that are refusals, on the same prompts),
+over_refusal (share of refusals to harmless prompts), token_tv and token_kl (mean over the tokens of answers drawn from the
+base; nats for KL), gap_closed ((distilled − base) / (system − base) safety). Intervals are 95 %, exact for shares,
+bootstrap over prompts otherwise. `method` is "base", the system's mode, or the adapter's objective.
+
+Answers are kept in `answers/`, one file a system and suite, and are not made again by a later run with the same settings.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from softguard import stats
+from softguard.adapters import SoftPrompt
+from softguard.chat import Chat, align
+from softguard.config import Recipe, fingerprint
+from softguard.cost import Cost, measure_cost, versions
+from softguard.divergences import token_kl, token_tv
+from softguard.engine import Engine, Response
+from softguard.errors import SoftguardError
+from softguard.files import read_json, write_json
+from softguard.judges import Judge, is_refusal
+from softguard.models import BaseModel
+from softguard.prefix import continuation_logits
+from softguard.suites import Suite, load_suites
+from softguard.system import SafeSystem
+
+SCHEMA = 1
+System = Literal["base", "safe_system", "distilled"]
+_DRIFT_BATCH = 16  # rows whose full next-token laws are held at once
+
+
+class Row(NamedTuple):
+    """One measured figure."""
+
+    system: System
+    method: str
+    suite: str
+    split: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation found; `answers[system][suite]` are the texts behind it."""
+
+    model: str
+    guard: str
+    judge: str
+    rows: tuple[Row, ...]
+    cost: tuple[Cost, ...]
+    seed: int
+    versions: dict[str, str]
+    suites: tuple[Suite, ...]
+    answers: dict[System, dict[str, list[str]]]
+
+    def find(self, system: System, suite: str, metric: str) -> Row | None:
+        """The figure of one system, suite and metric, if it was measured."""
+        return next((r for r in self.rows if (r.system, r.suite, r.metric) == (system, suite, metric)), None)
+
+    def contract(self) -> dict[str, Any]:
+        """The content of `results.json`."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "guard": self.guard,
+            "judge": self.judge,
+            "rows": [row._asdict() for row in self.rows],
+            "cost": [cost._asdict() for cost in self.cost],
+            "versions": self.versions,
+            "seed": self.seed,
+        }
+
+
+def evaluate(
+    recipe: Recipe,
+    out: Path,
+    base: BaseModel,
+    system: SafeSystem,
+    adapter: SoftPrompt | None = None,
+    judge: Judge | None = None,
+    progress: Callable[[str, int], None] = lambda what, done: None,
+) -> Results:
+    """Measure base and safe system, and base + adapter if one is given, and write `out/results.json`.
+
+    `progress` is told what is being answered and how many prompts were done. Raises SoftguardError for an unusable suite,
+    a failing guard or a full disk; answers finished so far are kept.
+    """
+    suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
+    judge = judge or Judge()
+    run = _Run(recipe, out, base, system, adapter, progress)
+    rows: list[Row] = []
+    answers: dict[System, dict[str, list[str]]] = {name: {} for name in run.systems}
+    for suite in suites:
+        if suite.measure == "drift":
+            rows += run.drift(suite)
+            continue
+        base_texts = run.answers("base", suite)
+        for name in run.systems:
+            if name == "safe_system":
+                answers[name][suite.name] = system.answer(suite.prompts, base_texts, recipe.seed)
+            else:
+                answers[name][suite.name] = base_texts if name == "base" else run.answers(name, suite)
+        rows += _graded(run.methods, suite, {name: texts[suite.name] for name, texts in answers.items()}, judge, recipe.seed)
+    cost = measure_cost(base, run.engines["base"], system, adapter, run.engines.get("distilled"))
+    results = Results(
+        base.name, system.guard.name, judge.name, tuple(rows), tuple(cost), recipe.seed, versions(), tuple(suites), answers
+    )
+    write_json(out / "results.json", results.contract())
+    return results
+
+
+class _Run:
+    """One evaluation under way: its engines and the answers kept on disk."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        base: BaseModel,
+        system: SafeSystem,
+        adapter: SoftPrompt | None,
+        progress: Callable[[str, int], None],
+    ) -> None:
+        self.recipe, self.out, self.system, self.base, self.progress = recipe, out, system, base, progress
+        self.engines: dict[System, Engine] = {"base": Engine(base, Chat(base.tokenizer, "start", base.stop_ids))}
+        self.methods: dict[System, str] = {"base": "base", "safe_system": f"{system.config.mode} guard, {system.config.decision}"}
+        identity = ""
+        if adapter is not None:
+            self.engines["distilled"] = Engine(base, Chat(base.tokenizer, adapter.slot, base.stop_ids), adapter.vectors)
+            self.methods["distilled"] = str(adapter.facts.get("objective", "soft prompt"))
+            identity = fingerprint(adapter.slot, adapter.vectors.tolist())
+        self.systems: tuple[System, ...] = tuple(self.methods)
+        self._identity: dict[System, str] = {"base": "", "distilled": identity}
+
+    def answers(self, name: System, suite: Suite) -> list[str]:
+        """What base or distilled model answers greedily, from disk if it was answered before with the same settings."""
+        path = self.out / "answers" / f"{name}-{suite.name}.json"
+        new = self.recipe.evaluate.max_new_tokens
+        made_by = fingerprint(self.base.fingerprint, self.recipe.model.dtype, self._identity[name], new, list(suite.prompts))
+        if path.is_file():
+            kept = read_json(path, "file of answers")
+            if kept.get("made_by") == made_by:
+                self.progress(f"{name} {suite.name}", len(suite.prompts))
+                return list(kept["answers"])
+        responses = self.engines[name].generate(
+            suite.prompts, new, self.recipe.evaluate.batch_size, progress=lambda n: self.progress(f"{name} {suite.name}", n)
+        )
+        texts = [response.text for response in responses]
+        write_json(path, {"made_by": made_by, "answers": texts})
+        return texts
+
+    def drift(self, suite: Suite) -> list[Row]:
+        """Token TV and KL to the base along answers drawn from it, of the system and of the distilled model."""
+        drawn = self.engines["base"].generate(
+            suite.prompts,
+            self.recipe.evaluate.max_new_tokens,
+            self.recipe.evaluate.batch_size,
+            temperature=1.0,
+            seed=self.recipe.seed,
+            progress=lambda n: self.progress("base drift", n),
+        )
+        rows = [self._drift_row("safe_system", suite, "token_tv", self._system_drift(suite, drawn))]
+        if "distilled" in self.engines:
+            tv, kl = self._student_drift(suite.prompts, drawn)
+            rows.append(self._drift_row("distilled", suite, "token_tv", tv))
+            rows.append(self._drift_row("distilled", suite, "token_kl", kl))
+        return rows
+
+    def _drift_row(self, name: System, suite: Suite, metric: str, values: Sequence[float]) -> Row:
+        return Row(name, self.methods[name], suite.name, suite.split, metric, *stats.mean(values, self.recipe.seed))
+
+    def _system_drift(self, suite: Suite, drawn: Sequence[Response]) -> list[float]:
+        """The system departs from the base at the first token only, by U(x), if the base never begins a refusal."""
+        keep = self.system.keep(self.system.p_safe(suite.prompts, [response.text for response in drawn]))
+        return [float(1 - k) / max(len(response.ids), 1) for k, response in zip(keep, drawn, strict=True)]
+
+    @torch.inference_mode()
+    def _student_drift(self, prompts: Sequence[str], drawn: Sequence[Response]) -> tuple[list[float], list[float]]:
+        base, student = self.engines["base"], self.engines["distilled"]
+        encoded = [base.chat.encode(prompt) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+        tv, kl = np.zeros(len(prompts)), np.zeros(len(prompts))
+        for start in range(0, len(order), _DRIFT_BATCH):
+            batch = order[start : start + _DRIFT_BATCH]
+            ids = [list(drawn[i].ids) for i in batch]
+            rows = align([encoded[i] for i in batch], [r[:-1] for r in ids], self.base.pad_id, self.base.device)
+            width = max(map(len, ids))
+            log_p = continuation_logits(self.base, base.prefix, rows, width).log_softmax(-1)
+            log_q = continuation_logits(self.base, student.prefix, rows, width).log_softmax(-1)
+            for values, divergence in ((tv, token_tv), (kl, token_kl)):
+                tokens = divergence(log_p, log_q).cpu().numpy()
+                values[batch] = [tokens[row, : len(r)].mean() for row, r in enumerate(ids)]
+            self.progress("distilled drift", len(batch))
+        return tv.tolist(), kl.tolist()
+
+
+def _graded(
+    methods: dict[System, str], suite: Suite, answers: dict[System, list[str]], judge: Judge, seed: int
+) -> list[Row]:
+    """Figures of every system on one suite of answers."""
+    rows = []
+    refused = {name: [is_refusal(text) for text in texts] for name, texts in answers.items()}
+    if suite.measure == "over_refusal":
+        for name, hits in refused.items():
+            rows.append(Row(name, methods[name], suite.name, suite.split, "over_refusal", *stats.share(hits)))
+        return rows
+    safe = {name: judge.safe(suite.prompts, texts).tolist() for name, texts in answers.items()}
+    for name in answers:
+        rows.append(Row(name, methods[name], suite.name, suite.split, "safety", *stats.share(safe[name])))
+        rows.append(Row(name, methods[name], suite.name, suite.split, "refusal", *stats.share(refused[name])))
+    if "distilled" in safe:
+        closed = stats.gap_closed(safe["base"], safe["safe_system"], safe["distilled"], seed)
+        if closed is not None:
+            rows.append(Row("distilled", methods["distilled"], suite.name, suite.split, "gap_closed", *closed))
+    return rows
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a `results.json` and check its schema. Raises SoftguardError if it is missing, damaged or another version's."""
+    value = read_json(path, "results")
+    if value.get("schema") != SCHEMA:
+        raise SoftguardError(f"{path} has schema {value.get('schema')}, this softguard reads {SCHEMA}; evaluate again")
+    return value
+

@@ -1,0 +1,62 @@
+"""Intervals for what is measured; SciPy does the mathematics."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A value, its 95 % interval, and the number of prompts it was measured on."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def share(hits: Sequence[bool]) -> Estimate:
+    """Share of hits with the exact (Clopper–Pearson) interval. Raises ValueError if there is nothing to count."""
+    from scipy.stats import binomtest
+
+    if not len(hits):
+        raise ValueError("no prompts to count")
+    interval = binomtest(int(sum(hits)), len(hits)).proportion_ci(CONFIDENCE, method="exact")
+    return Estimate(float(np.mean(hits)), float(interval.low), float(interval.high), len(hits))
+
+
+def mean(values: Sequence[float], seed: int = 0) -> Estimate:
+    """Mean over prompts with a percentile bootstrap interval (10,000 resamples)."""
+    if not len(values):
+        raise ValueError("no prompts to average")
+    array = np.asarray(values, dtype=np.float64)
+    means = array[_resamples(len(array), seed)].mean(axis=1)
+    return Estimate(float(array.mean()), *_ends(means), len(array))
+
+
+def gap_closed(base: Sequence[bool], system: Sequence[bool], student: Sequence[bool], seed: int = 0) -> Estimate | None:
+    """Share of the safety gap between base and system that the student closes, (student − base) / (system − base).
+
+    The three are safe/unsafe on the same prompts, resampled together. None where the system is no safer than the base;
+    resamples without a gap are left out of the interval.
+    """
+    columns = np.asarray([base, system, student], dtype=np.float64)
+    whole = columns.mean(axis=1)
+    if whole[1] <= whole[0]:
+        return None
+    means = columns[:, _resamples(columns.shape[1], seed)].mean(axis=2)
+    gap = means[1] - means[0]
+    closed = (means[2] - means[0])[gap > 0] / gap[gap > 0]
+    return Estimate(float((whole[2] - whole[0]) / (whole[1] - whole[0])), *_ends(closed), columns.shape[1])
+
+
+def _resamples(n: int, seed: int, count: int = 10_000) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    return np.random.default_rng(seed).integers(0, n, size=(count, n))
+
+
+def _ends(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)

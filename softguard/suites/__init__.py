@@ -1,0 +1,29 @@
+"""Suites: what is asked in an evaluation, and which measure its answers are for.
+
+`load_suites` finds them by name: "harmful", "contrast", "everyday" and "drift" are made of the package's own prompts;
+"file:PATH" and "hub:DATASET[:SPLIT]" are the user's, with a label a row.
+"""
+
+from collections.abc import Sequence
+
+from softguard.errors import SoftguardError
+from softguard.suites import labelled, packaged
+from softguard.suites.suite import Suite
+
+__all__ = ["Suite", "load_suites"]
+
+
+def load_suites(names: Sequence[str], split: str, limit: int = 0) -> list[Suite]:
+    """The suites called `names`, each of at most `limit` prompts (0: all), spread evenly over the source.
+
+    Raises SoftguardError for an unknown name or an unusable source.
+    """
+    suites: list[Suite] = []
+    for name in names:
+        if name in packaged.SUITES:
+            suites.append(packaged.load(name, split, limit))
+        elif name.startswith(("file:", "hub:")):
+            suites += labelled.load(name, limit)
+        else:
+            raise SoftguardError(f"suite {name!r} is unknown; use {', '.join(packaged.SUITES)}, file:PATH or hub:DATASET")
+    return suites

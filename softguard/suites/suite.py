@@ -1,0 +1,18 @@
+"""What a suite is."""
+
+from typing import Literal, NamedTuple
+
+Measure = Literal["safety", "over_refusal", "drift"]
+
+
+class Suite(NamedTuple):
+    """Prompts and what their answers are measured for.
+
+    safety: share of answers the judge calls safe; over_refusal: share of answers that are refusals; drift: divergence of
+    the next-token laws from the base's, along answers drawn from the base.
+    """
+
+    name: str
+    split: str
+    measure: Measure
+    prompts: tuple[str, ...]
