@@ -41,7 +41,7 @@ class SoftPrompt:
         from safetensors.torch import save
 
         blob = save({_KEY: self.vectors.detach().cpu().float().contiguous()})
-        write_file(folder / "adapter_model.safetensors", lambda beside: beside.write_bytes(blob) and None)
+        write_file(folder / "adapter_model.safetensors", lambda beside: beside.write_bytes(blob))
         if self.slot == "start":
             config = PromptTuningConfig(
                 task_type="CAUSAL_LM",
@@ -79,20 +79,29 @@ class SoftPrompt:
 
         facts = read_json(folder / "softguard.json", "softguard adapter")
         if facts.get("version") != VERSION:
-            raise SoftguardError(f"adapter {folder} has version {facts.get('version')}, this softguard reads {VERSION}; distil again")
+            raise SoftguardError(
+                f"adapter {folder} has version {facts.get('version')}, this softguard reads {VERSION}; distil again"
+            )
         if facts["base"] != base.fingerprint:
             raise SoftguardError(
-                f"adapter {folder} belongs to model {facts['model']!r} ({facts['base']}), not to {base.name!r} ({base.fingerprint}); "
-                "load it with the model and quantisation it was trained for"
+                f"adapter {folder} belongs to model {facts['model']!r} ({facts['base']}), not to {base.name!r} "
+                f"({base.fingerprint}); load it with the model and quantisation it was trained for"
             )
         try:
             blob = (folder / "adapter_model.safetensors").read_bytes()
         except OSError as error:
             raise SoftguardError(f"adapter {folder} has no readable adapter_model.safetensors; distil again") from error
         if hashlib.sha256(blob).hexdigest() != facts["weights_sha256"]:
-            raise SoftguardError(f"adapter {folder} is damaged: its weights are not those softguard.json was written for; distil again")
-        rest = {k: v for k, v in facts.items() if k not in ("version", "slot", "n_soft", "hidden", "weights_sha256", "model", "base")}
-        return cls(load(blob)[_KEY].to(base.device), facts["slot"], rest)
+            raise SoftguardError(
+                f"adapter {folder} is damaged: its weights are not those softguard.json was written for; distil again"
+            )
+        rest = {
+            k: v
+            for k, v in facts.items()
+            if k not in ("version", "slot", "n_soft", "hidden", "weights_sha256", "model", "base")
+        }
+        vectors: Tensor = load(blob)[_KEY]
+        return cls(vectors.to(base.device), facts["slot"], rest)
 
 
 def initial_vectors(base: BaseModel, text: str, n_soft: int) -> Tensor:
@@ -104,7 +113,7 @@ def initial_vectors(base: BaseModel, text: str, n_soft: int) -> Tensor:
     ids = base.tokenizer.encode(text, add_special_tokens=False)
     if not ids:
         raise SoftguardError("distil.init_text is empty; give the text the soft prompt starts from")
-    rows = base.model.get_input_embeddings()(torch.tensor(ids, device=base.device)).detach().float()  # (tokens, hidden)
+    rows: Tensor = base.model.get_input_embeddings()(torch.tensor(ids, device=base.device)).detach().float()  # (tokens, hidden)
     if len(rows) <= n_soft:
         return rows[torch.arange(n_soft, device=base.device) % len(rows)].clone()
     return torch.stack([part.mean(0) for part in rows.tensor_split(n_soft)])

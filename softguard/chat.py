@@ -11,6 +11,7 @@ from the template, so that a user who spells control tokens (`<|im_end|>`) gets 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -80,7 +81,9 @@ class Chat:
         """Ids that follow the constant prefix for a conversation ending in a user turn."""
         pieces = self._fixed(turns, answer=False)[1:]
         return [
-            i for turn, after in zip(turns, pieces, strict=True) for i in (*self.plain_ids(turn.text), *self._template_ids(after))
+            i
+            for turn, after in zip(turns, pieces, strict=True)
+            for i in (*self.plain_ids(turn.text), *self._template_ids(after))
         ]
 
     def encode_response(self, response: str) -> list[int]:
@@ -98,7 +101,7 @@ class Chat:
         """
         cuts = [0, *(m.start() + 1 for m in self._control.finditer(text)), len(text)] if self._control else [0, len(text)]
         ids: list[int] = []
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             ids += self.tokenizer.encode(text[start:end], add_special_tokens=False)
         return ids
 

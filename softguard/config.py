@@ -4,6 +4,7 @@ A recipe is a YAML mapping with the sections of `Recipe`; everything left out ke
 type or an impossible value is an error that names the key and, for a typing slip, the nearest known one.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -68,7 +69,7 @@ class DistilConfig:
     init_text: str = DEFAULT_INSTRUCTION
     steps: int = 120
     batch_size: int = 24  # prompts a step
-    accumulate: int = 1  # micro-batches a step is cut into
+    accumulate: int = 2  # micro-batches a step is cut into, by length of the prompts
     learning_rate: float = 5e-3
     warmup: int = 10  # steps
     clip: float = 1.0  # gradient norm
@@ -212,10 +213,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return tuple(_convert(str, item, key) for item in items)
     kinds = typing.get_args(hint) or (hint,)
     if float in kinds and isinstance(value, str):  # YAML 1.1 reads 5e-3 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kinds) or isinstance(value, bool):

@@ -8,6 +8,7 @@ its first missing shard and ends with the same bytes. Drawing and reading need t
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,9 +33,11 @@ _SCHEMA = pa.schema(
     [
         ("prompt", pa.string()),
         ("label", pa.string()),
-        ("tokens", pa.int32()),  # of the prompt, for batching by length
         ("refusal_rate", pa.float64()),  # U(x)
-        ("responses", pa.list_(pa.struct([("ids", pa.list_(pa.int32())), ("p_safe", pa.float64()), ("keep", pa.float64())]))),
+        (
+            "responses",
+            pa.list_(pa.struct([("ids", pa.list_(pa.int32())), ("p_safe", pa.float64()), ("keep", pa.float64())])),
+        ),
     ]
 )
 
@@ -71,7 +74,9 @@ class Corpus:
         """
         manifest = read_json(folder / "manifest.json", "corpus")
         if manifest.get("version") != VERSION:
-            raise SoftguardError(f"corpus {folder} has version {manifest.get('version')}, this softguard reads {VERSION}; teach again")
+            raise SoftguardError(
+                f"corpus {folder} has version {manifest.get('version')}, this softguard reads {VERSION}; teach again"
+            )
         if not manifest.get("fingerprint"):
             raise SoftguardError(f"corpus {folder} is unfinished; run the same teach command again to complete it")
         if base is not None and manifest["base"] != base.fingerprint:
@@ -86,10 +91,9 @@ class Corpus:
         """Identity of the corpus's content."""
         return str(self.manifest["fingerprint"])
 
-    def lengths(self, split: str) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """Prompt lengths in tokens, (prompts,), for batching by length."""
-        columns = [pq.read_table(path, columns=["tokens"])["tokens"].to_numpy() for path in self._shards(split)]
-        return np.concatenate(columns) if columns else np.empty(0, np.int32)
+    def size(self, split: str) -> int:
+        """Number of prompts in a split."""
+        return int(self.manifest["prompts"][split])
 
     def examples(self, split: str, indices: list[int]) -> list[Example]:
         """The examples at `indices`, in that order; reads only their row groups."""
@@ -121,12 +125,13 @@ def teach(
     out: Path,
     base: BaseModel,
     system: SafeSystem,
-    progress: Callable[[str, int], None] = lambda split, done: None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Corpus:
     """Draw and score the corpus a recipe asks for, or complete a half-finished one.
 
-    `progress` is told the split and how many prompts were finished. Raises SoftguardError for bad prompts, a failing guard
-    (shards finished so far stay and are not drawn again), a full disk, or a folder that holds another recipe's corpus.
+    `progress` is told the stage, how many prompts were just finished and how many there are. Raises SoftguardError for bad
+    prompts, a failing guard (shards finished so far stay and are not drawn again), a full disk, or a folder that holds another
+    recipe's corpus.
     """
     chat = Chat(base.tokenizer, "start", base.stop_ids)
     teacher = {
@@ -135,7 +140,13 @@ def teach(
         "base": base.fingerprint,
         "guard": system.guard.name,
         "settings": fingerprint(
-            base.fingerprint, system.guard.fingerprint, system.threshold, recipe.system, recipe.teach, recipe.seed, recipe.model.dtype
+            base.fingerprint,
+            system.guard.fingerprint,
+            system.threshold,
+            recipe.system,
+            recipe.teach,
+            recipe.seed,
+            recipe.model.dtype,
         ),
         "shard_size": recipe.teach.shard_size,
     }
@@ -143,24 +154,40 @@ def teach(
         found = read_json(out / "manifest.json", "corpus")
         for key in ("version", "base", "settings"):
             if found.get(key) != teacher[key]:
-                raise SoftguardError(f"{out} holds a corpus made with other settings ({key} differs); choose another --out or remove it")
+                raise SoftguardError(
+                    f"{out} holds a corpus made with other settings ({key} differs); choose another --out or remove it"
+                )
         if found.get("fingerprint"):
             return Corpus.open(out, base)
     else:
-        write_json(out / "manifest.json", {**teacher, "fingerprint": None, "shards": None})
+        write_json(out / "manifest.json", {**teacher, "fingerprint": None})
+    sources = dict(zip(SPLITS, (recipe.teach.prompts, recipe.teach.validation), strict=True))
+    # A first pass over all prompts finds a malformed row before hours are spent, and tells how long it will take.
+    totals = {split: sum(1 for _ in read_prompts(source, recipe.teach.limit)) for split, source in sources.items()}
     engine = Engine(base, chat)
-    shards = {
-        split: [digest for digest in _draw_split(recipe, source, out / split, engine, system, lambda n, s=split: progress(s, n))]
-        for split, source in zip(SPLITS, (recipe.teach.prompts, recipe.teach.validation), strict=True)
-    }
-    write_json(out / "manifest.json", {**teacher, "fingerprint": fingerprint(teacher["settings"], shards), "shards": shards})
+    shards: dict[str, list[str]] = {}
+    prompts: dict[str, int] = {}
+    for split, source in sources.items():
+
+        def told(done: int, split: str = split) -> None:
+            progress(f"teach {split}", done, totals[split])
+
+        made = list(_draw_split(recipe, source, out / split, engine, system, told))
+        shards[split], prompts[split] = [shard.digest for shard in made], sum(shard.prompts for shard in made)
+    identity = fingerprint(teacher["settings"], shards)
+    write_json(out / "manifest.json", {**teacher, "fingerprint": identity, "prompts": prompts, "shards": shards})
     return Corpus.open(out, base)
+
+
+class _Shard(NamedTuple):
+    digest: str  # of the file's bytes
+    prompts: int
 
 
 def _draw_split(
     recipe: Recipe, source: str, folder: Path, engine: Engine, system: SafeSystem, progress: Callable[[int], None]
-) -> Iterator[str]:
-    """Make the split's missing shards; yields the digest of every shard's content."""
+) -> Iterator[_Shard]:
+    """Make the split's missing shards and yield them all."""
     prompts = read_prompts(source, recipe.teach.limit)
     number = 0
     while shard := list(islice(prompts, recipe.teach.shard_size)):
@@ -176,8 +203,8 @@ def _draw_split(
             progress(len(shard))
         else:
             table = _draw(recipe, shard, engine, system, progress).replace_schema_metadata({"prompts": asked})
-            write_file(path, lambda beside, table=table: pq.write_table(table, beside, row_group_size=_ROW_GROUP))
-        yield hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            write_file(path, partial(pq.write_table, table, row_group_size=_ROW_GROUP))
+        yield _Shard(hashlib.sha256(path.read_bytes()).hexdigest()[:16], len(shard))
         number += 1
 
 
@@ -202,7 +229,6 @@ def _draw(recipe: Recipe, shard: list[Prompt], engine: Engine, system: SafeSyste
             {
                 "prompt": prompt.text,
                 "label": prompt.label,
-                "tokens": len(engine.chat.encode(prompt.text)),
                 "refusal_rate": float(np.mean([1 - keep[j] for j in own])),
                 "responses": [{"ids": drawn[j].ids, "p_safe": float(p_safe[j]), "keep": float(keep[j])} for j in own],
             }

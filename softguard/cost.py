@@ -30,7 +30,11 @@ class Cost(NamedTuple):
 
 
 def measure_cost(
-    base: BaseModel, base_engine: Engine, system: SafeSystem, adapter: SoftPrompt | None, distilled_engine: Engine | None
+    base: BaseModel,
+    base_engine: Engine,
+    system: SafeSystem,
+    adapter: SoftPrompt | None,
+    distilled_engine: Engine | None,
 ) -> list[Cost]:
     """Sizes of every system, and medians over rounds in which the systems take turns.
 

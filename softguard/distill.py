@@ -6,6 +6,7 @@ the optimiser's whole state, so that a killed run goes on and ends with the weig
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,6 @@ from softguard.models import BaseModel
 from softguard.objectives import Batch, Losses, find_objective
 from softguard.prefix import continuation_logits, run_prefix
 
-_WINDOW = 8  # batches among which prompts are grouped by length
 _NO_WEIGHT = 1e-3  # branches the system takes less often than this are left out
 
 
@@ -53,6 +53,16 @@ def distil(
     return trainer.run(progress)
 
 
+def time_step(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> float:
+    """Seconds one training step takes, measured on the second of two; nothing is written."""
+    trainer = _Trainer(recipe, corpus, out, base)
+    batches = _batches(corpus.size("train"), recipe.distil.batch_size, recipe.seed)
+    trainer._train_step(*next(batches))
+    begin = time.perf_counter()
+    trainer._train_step(*next(batches))
+    return time.perf_counter() - begin
+
+
 class _Trainer:
     def __init__(self, recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> None:
         from accelerate import Accelerator
@@ -71,14 +81,16 @@ class _Trainer:
             self.teacher_prefix = run_prefix(base, self.chat, None)
         self.best = self.vectors.detach().clone()
         self.best_loss, self.since_best, self.step = float("inf"), 0, 0
-        self.settings = fingerprint(base.fingerprint, corpus.fingerprint, recipe.distil, recipe.system, recipe.seed, recipe.model.dtype)
+        self.settings = fingerprint(
+            base.fingerprint, corpus.fingerprint, recipe.distil, recipe.system, recipe.seed, recipe.model.dtype
+        )
         self.log: list[str] = []
 
     def run(self, progress: Callable[[Step], None]) -> SoftPrompt:
         self._resume()
         for line in self.log:
             progress(Step(**json.loads(line)))
-        batches = _batches(self.corpus, self.config.batch_size, self.recipe.seed)
+        batches = _batches(self.corpus.size("train"), self.config.batch_size, self.recipe.seed)
         for _ in range(self.step):
             next(batches)
         while self.step < self.config.steps and self.since_best < self.config.patience:
@@ -111,18 +123,19 @@ class _Trainer:
         }
 
     def _train_step(self, indices: list[int], epoch: int) -> Step:
-        examples = self.corpus.examples("train", indices)
+        examples = sorted(self.corpus.examples("train", indices), key=lambda e: len(e.prompt))
         self.optimiser.zero_grad()
         prefix = run_prefix(self.base, self.chat, self.vectors)
         leaves = _detach(prefix)
         parts = []
-        for i in range(self.config.accumulate):
-            part = examples[i :: self.config.accumulate]
+        for where in np.array_split(np.arange(len(examples)), min(self.config.accumulate, len(examples))):
+            part = [examples[i] for i in where]  # neighbours in length, so that little is padded
             losses, facts = self._losses(prefix, part, epoch, len(examples))
             total = self.config.safe_weight * losses.safe + self.config.refusal_weight * losses.refusal
             if not torch.isfinite(total):
                 raise SoftguardError(
-                    f"the loss is {total.item()} at step {self.step + 1}; lower distil.learning_rate (it is {self.config.learning_rate})"
+                    f"the loss is {total.item()} at step {self.step + 1}; lower distil.learning_rate, it is "
+                    f"{self.config.learning_rate}"
                 )
             self.accelerator.backward(total)
             parts.append((losses, facts))
@@ -134,7 +147,7 @@ class _Trainer:
 
     @torch.no_grad()
     def _validate(self) -> Step:
-        count = len(self.corpus.lengths("validation"))
+        count = self.corpus.size("validation")
         take = min(count, self.config.validation_prompts)
         indices = [i * count // take for i in range(take)]
         prefix = run_prefix(self.base, self.chat, self.vectors)
@@ -169,7 +182,6 @@ class _Trainer:
         with torch.no_grad():
             teacher = student[:0, :width]
             if safe:
-                # The same rows, refusals included, so that p and q are scored in the same batch shape and padding.
                 safe_rows = rows._replace(ids=rows.ids[: len(safe)], mask=rows.mask[: len(safe)])
                 teacher = continuation_logits(self.base, self.teacher_prefix, safe_rows, keep).log_softmax(-1)[:, :width]
         response = torch.zeros(len(safe), width, dtype=torch.long, device=device)
@@ -205,7 +217,9 @@ class _Trainer:
             return
         state = read_json(folder / "state.json", "checkpoint")
         if state["settings"] != self.settings:
-            raise SoftguardError(f"{self.out} holds a run with other settings, model or corpus; choose another --out or remove it")
+            raise SoftguardError(
+                f"{self.out} holds a run with other settings, model or corpus; choose another --out or remove it"
+            )
         tensors = load((folder / state["tensors"]).read_bytes())
         self.step, self.best_loss, self.since_best = state["step"], float(state["best_loss"]), state["since_best"]
         self.vectors.data.copy_(tensors["vectors"])
@@ -228,7 +242,7 @@ class _Trainer:
         name = f"step-{self.step}.safetensors"
         blob = save({k: v.cpu().contiguous() for k, v in tensors.items()})
         write_text(self.out / "log.jsonl", "".join(line + "\n" for line in self.log))
-        write_file(folder / name, lambda beside: beside.write_bytes(blob) and None)
+        write_file(folder / name, lambda beside: beside.write_bytes(blob))
         write_json(
             folder / "state.json",
             {
@@ -271,12 +285,12 @@ def _facts_of(batch: Batch, first: Tensor, safe: int) -> _Facts:
 
 
 def _summary(kind: str, losses: list[Losses], facts: list[_Facts]) -> Step:
-    total = _Facts(*map(sum, zip(*facts, strict=True)))  # type: ignore[arg-type]
+    total = _Facts(*map(sum, zip(*facts, strict=True)))
     return Step(
         step=0,
         kind=kind,
-        safe=sum(float(part.safe) for part in losses),
-        refusal=sum(float(part.refusal) for part in losses),
+        safe=sum(float(part.safe.detach()) for part in losses),
+        refusal=sum(float(part.refusal.detach()) for part in losses),
         token_tv=total.token_tv / max(total.tokens, 1),
         refuses=total.refuses / max(total.refused, 1),
         over_refuses=total.over_refuses / max(total.answered, 1),
@@ -295,17 +309,11 @@ def _detach(cache: Any) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def _batches(corpus: Corpus, size: int, seed: int) -> Iterator[tuple[list[int], int]]:
-    """Endless (indices, epoch); every epoch visits all prompts once, those of like length in a window together."""
-    lengths = corpus.lengths("train")
+def _batches(count: int, size: int, seed: int) -> Iterator[tuple[list[int], int]]:
+    """Endless (indices, epoch); every epoch visits all `count` prompts once, in an order of its own."""
     epoch = 0
     while True:
-        rng = np.random.default_rng([seed, epoch])
-        order = rng.permutation(len(lengths))
-        for start in range(0, len(order), size * _WINDOW):
-            window = order[start : start + size * _WINDOW]
-            window = window[np.argsort(lengths[window], kind="stable")]
-            groups = [window[i : i + size].tolist() for i in range(0, len(window), size)]
-            for i in rng.permutation(len(groups)):
-                yield groups[i], epoch
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        for start in range(0, count, size):
+            yield order[start : start + size].tolist(), epoch
         epoch += 1

@@ -57,7 +57,9 @@ class Engine:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             picked = None if draws is None else torch.from_numpy(draws[batch])
-            for i, ids in zip(batch, self._decode([encoded[i] for i in batch], max_new_tokens, temperature, picked), strict=True):
+            for i, ids in zip(
+                batch, self._decode([encoded[i] for i in batch], max_new_tokens, temperature, picked), strict=True
+            ):
                 responses[i] = Response(tuple(ids), self._text(ids))
             progress(len(batch))
         return [responses[i] for i in range(len(prompts))]
@@ -125,7 +127,12 @@ class Engine:
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         output = self.base.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         return output.logits  # type: ignore[no-any-return]
 

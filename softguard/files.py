@@ -9,7 +9,7 @@ from typing import Any
 from softguard.errors import SoftguardError
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a path beside `path`, flush what it wrote to disk and rename it into place.
 
     Raises SoftguardError, with nothing left behind, if the disk is full or the folder cannot be written.
@@ -23,12 +23,14 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise SoftguardError(f"{path} could not be written ({error.strerror or error}); free space or choose another folder") from error
+        raise SoftguardError(
+            f"{path} could not be written ({error.strerror or error}); free space or choose another folder"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
-    write_file(path, lambda beside: beside.write_text(text, encoding="utf-8") and None)
+    write_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

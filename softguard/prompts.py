@@ -33,6 +33,19 @@ def read_prompts(source: str, limit: int = 0) -> Iterator[Prompt]:
     With a limit, the packaged prompts are thinned evenly so that every suite and topic stays in its proportion.
     Raises SoftguardError that names file, line and field when a row is malformed or the source is empty.
     """
+    count = 0
+    for _, row in islice(read_rows(source, limit), limit or None):
+        count += 1
+        yield Prompt(row["prompt"], *(str(row.get(key) or "") for key in Prompt._fields[1:]))
+    if not count:
+        raise SoftguardError(f"{source} holds no prompts; give at least one")
+
+
+def read_rows(source: str, limit: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stream whole rows from a source of prompts as pairs of place ("file:line") and row, checking `prompt` and `label`.
+
+    `limit` only thins packaged prompts, see `read_prompts`. Raises SoftguardError as `read_prompts` does.
+    """
     rows: Iterable[tuple[str, Mapping[str, Any]]]
     if source.startswith(f"{PACKAGED}:"):
         rows = _packaged(source, limit)
@@ -40,12 +53,15 @@ def read_prompts(source: str, limit: int = 0) -> Iterator[Prompt]:
         rows = _hub(source)
     else:
         rows = _file(Path(source))
-    count = 0
-    for where, row in islice(rows, limit or None):
-        count += 1
-        yield _prompt(where, row)
-    if not count:
-        raise SoftguardError(f"{source} holds no prompts; give at least one")
+    for where, row in rows:
+        text, label = row.get("prompt"), row.get("label") or ""
+        if not isinstance(text, str):
+            raise SoftguardError(f"{where}: field 'prompt' is {'missing' if text is None else 'not text'}; every row needs one")
+        if not text.strip():
+            raise SoftguardError(f"{where}: the prompt is empty; remove the row or fill it in")
+        if label not in ("", "harmful", "benign"):
+            raise SoftguardError(f"{where}: label {label!r} is unknown; use harmful, benign or none")
+        yield where, dict(row)
 
 
 def packaged_suite(suite: str, split: str) -> list[Prompt]:
@@ -60,18 +76,6 @@ def thin(items: list[T], limit: int) -> list[T]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def _prompt(where: str, row: Mapping[str, Any]) -> Prompt:
-    text = row.get("prompt")
-    if not isinstance(text, str):
-        raise SoftguardError(f"{where}: field 'prompt' is {'missing' if text is None else 'not text'}; every row needs one")
-    if not text.strip():
-        raise SoftguardError(f"{where}: the prompt is empty; remove the row or fill it in")
-    label = row.get("label") or ""
-    if label not in ("", "harmful", "benign"):
-        raise SoftguardError(f"{where}: label {label!r} is unknown; use harmful, benign or none")
-    return Prompt(text, label, *(str(row.get(key) or "") for key in ("suite", "category", "topic", "language")))
-
-
 def _packaged(source: str, limit: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
     split = source.partition(":")[2]
     if split not in ("train", "validation", "test"):
@@ -83,7 +87,9 @@ def _packaged(source: str, limit: int) -> Iterator[tuple[str, Mapping[str, Any]]
 def _file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _text, ".parquet": _parquet}
     if path.suffix not in readers:
-        raise SoftguardError(f"prompts {path}: the ending {path.suffix!r} is unknown; use {', '.join(readers)}, packaged: or hub:")
+        raise SoftguardError(
+            f"prompts {path}: the ending {path.suffix!r} is unknown; use {', '.join(readers)}, packaged: or hub:"
+        )
     if not path.is_file():
         raise SoftguardError(f"prompts file {path} does not exist; check the path")
     try:

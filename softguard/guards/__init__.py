@@ -5,6 +5,7 @@ or `response_safety` below, which fail closed: an exception, a NaN, a value outs
 error, never a "safe".
 """
 
+import builtins
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def load_guard(spec: str) -> Guard:
             found = getattr(found, part)
     except Exception as error:
         raise SoftguardError(f"guard {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if not isinstance(found, Callable):  # the builtin `callable` is hidden by the submodule of that name
+    if not builtins.callable(found):  # the bare name is the submodule softguard.guards.callable
         raise SoftguardError(
             f"guard {spec!r} is a {type(found).__name__}, not a function f(prompts, responses or None)"
         )

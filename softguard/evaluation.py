@@ -97,12 +97,12 @@ def evaluate(
     system: SafeSystem,
     adapter: SoftPrompt | None = None,
     judge: Judge | None = None,
-    progress: Callable[[str, int], None] = lambda what, done: None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Results:
     """Measure base and safe system, and base + adapter if one is given, and write `out/results.json`.
 
-    `progress` is told what is being answered and how many prompts were done. Raises SoftguardError for an unusable suite,
-    a failing guard or a full disk; answers finished so far are kept.
+    `progress` is told the stage, how many prompts were just done and how many there are. Raises SoftguardError for an unusable
+    suite, a failing guard or a full disk; answers finished so far are kept.
     """
     suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
     judge = judge or Judge()
@@ -122,7 +122,15 @@ def evaluate(
         rows += _graded(run.methods, suite, {name: texts[suite.name] for name, texts in answers.items()}, judge, recipe.seed)
     cost = measure_cost(base, run.engines["base"], system, adapter, run.engines.get("distilled"))
     results = Results(
-        base.name, system.guard.name, judge.name, tuple(rows), tuple(cost), recipe.seed, versions(), tuple(suites), answers
+        base.name,
+        system.guard.name,
+        judge.name,
+        tuple(rows),
+        tuple(cost),
+        recipe.seed,
+        versions(),
+        tuple(suites),
+        answers,
     )
     write_json(out / "results.json", results.contract())
     return results
@@ -138,11 +146,14 @@ class _Run:
         base: BaseModel,
         system: SafeSystem,
         adapter: SoftPrompt | None,
-        progress: Callable[[str, int], None],
+        progress: Callable[[str, int, int], None],
     ) -> None:
         self.recipe, self.out, self.system, self.base, self.progress = recipe, out, system, base, progress
         self.engines: dict[System, Engine] = {"base": Engine(base, Chat(base.tokenizer, "start", base.stop_ids))}
-        self.methods: dict[System, str] = {"base": "base", "safe_system": f"{system.config.mode} guard, {system.config.decision}"}
+        self.methods: dict[System, str] = {
+            "base": "base",
+            "safe_system": f"{system.config.mode} guard, {system.config.decision}",
+        }
         identity = ""
         if adapter is not None:
             self.engines["distilled"] = Engine(base, Chat(base.tokenizer, adapter.slot, base.stop_ids), adapter.vectors)
@@ -155,18 +166,20 @@ class _Run:
         """What base or distilled model answers greedily, from disk if it was answered before with the same settings."""
         path = self.out / "answers" / f"{name}-{suite.name}.json"
         new = self.recipe.evaluate.max_new_tokens
+        told = self._teller(f"{name} {suite.name}", suite)
         made_by = fingerprint(self.base.fingerprint, self.recipe.model.dtype, self._identity[name], new, list(suite.prompts))
         if path.is_file():
             kept = read_json(path, "file of answers")
             if kept.get("made_by") == made_by:
-                self.progress(f"{name} {suite.name}", len(suite.prompts))
+                told(len(suite.prompts))
                 return list(kept["answers"])
-        responses = self.engines[name].generate(
-            suite.prompts, new, self.recipe.evaluate.batch_size, progress=lambda n: self.progress(f"{name} {suite.name}", n)
-        )
+        responses = self.engines[name].generate(suite.prompts, new, self.recipe.evaluate.batch_size, progress=told)
         texts = [response.text for response in responses]
         write_json(path, {"made_by": made_by, "answers": texts})
         return texts
+
+    def _teller(self, stage: str, suite: Suite) -> Callable[[int], None]:
+        return lambda done: self.progress(stage, done, len(suite.prompts))
 
     def drift(self, suite: Suite) -> list[Row]:
         """Token TV and KL to the base along answers drawn from it, of the system and of the distilled model."""
@@ -176,11 +189,11 @@ class _Run:
             self.recipe.evaluate.batch_size,
             temperature=1.0,
             seed=self.recipe.seed,
-            progress=lambda n: self.progress("base drift", n),
+            progress=self._teller("base drift", suite),
         )
         rows = [self._drift_row("safe_system", suite, "token_tv", self._system_drift(suite, drawn))]
         if "distilled" in self.engines:
-            tv, kl = self._student_drift(suite.prompts, drawn)
+            tv, kl = self._student_drift(suite.prompts, drawn, self._teller("distilled drift", suite))
             rows.append(self._drift_row("distilled", suite, "token_tv", tv))
             rows.append(self._drift_row("distilled", suite, "token_kl", kl))
         return rows
@@ -194,7 +207,9 @@ class _Run:
         return [float(1 - k) / max(len(response.ids), 1) for k, response in zip(keep, drawn, strict=True)]
 
     @torch.inference_mode()
-    def _student_drift(self, prompts: Sequence[str], drawn: Sequence[Response]) -> tuple[list[float], list[float]]:
+    def _student_drift(
+        self, prompts: Sequence[str], drawn: Sequence[Response], told: Callable[[int], None]
+    ) -> tuple[list[float], list[float]]:
         base, student = self.engines["base"], self.engines["distilled"]
         encoded = [base.chat.encode(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
@@ -209,13 +224,11 @@ class _Run:
             for values, divergence in ((tv, token_tv), (kl, token_kl)):
                 tokens = divergence(log_p, log_q).cpu().numpy()
                 values[batch] = [tokens[row, : len(r)].mean() for row, r in enumerate(ids)]
-            self.progress("distilled drift", len(batch))
+            told(len(batch))
         return tv.tolist(), kl.tolist()
 
 
-def _graded(
-    methods: dict[System, str], suite: Suite, answers: dict[System, list[str]], judge: Judge, seed: int
-) -> list[Row]:
+def _graded(methods: dict[System, str], suite: Suite, answers: dict[System, list[str]], judge: Judge, seed: int) -> list[Row]:
     """Figures of every system on one suite of answers."""
     rows = []
     refused = {name: [is_refusal(text) for text in texts] for name, texts in answers.items()}
@@ -240,4 +253,3 @@ def read_results(path: Path) -> dict[str, Any]:
     if value.get("schema") != SCHEMA:
         raise SoftguardError(f"{path} has schema {value.get('schema')}, this softguard reads {SCHEMA}; evaluate again")
     return value
-

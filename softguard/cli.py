@@ -1,0 +1,242 @@
+"""The command line: every subcommand reads a recipe, calls one public function and prints what came of it."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from softguard import __version__
+from softguard.errors import SoftguardError
+
+if TYPE_CHECKING:
+    from softguard.config import Recipe
+    from softguard.models import BaseModel
+    from softguard.system import SafeSystem
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for an error told in one line, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = options.run
+    try:
+        run(options)
+    except SoftguardError as error:
+        print(f"softguard: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a file that vanished
+        print(f"softguard: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("softguard: interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="softguard",
+        description="Distil a language model and its guard into a soft prompt for the same frozen model.",
+        epilog="Set any recipe value with --set section.key=value, for example --set model.name=path/to/model.gguf.",
+    )
+    parser.add_argument("--version", action="version", version=f"softguard {__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    teach = _command(commands, "teach", _teach, "prompts to corpus: draw responses from the base and score them with the guard")
+    teach.add_argument("--out", type=Path, required=True, help="folder of the corpus")
+
+    distil = _command(commands, "distil", _distil, "corpus to adapter: train the soft prompt")
+    distil.add_argument("--corpus", type=Path, required=True, help="folder that `teach` made")
+    distil.add_argument("--out", type=Path, required=True, help="folder of the adapter; holds the checkpoint while it trains")
+
+    evaluate = _command(commands, "evaluate", _evaluate, "measure base, safe system and, given an adapter, base + adapter")
+    evaluate.add_argument("--adapter", type=Path, help="folder that `distil` made")
+    evaluate.add_argument("--out", type=Path, required=True, help="folder of results.json and the answers")
+
+    chat = _command(commands, "chat", _chat, "talk to the base with the adapter; an empty line ends the conversation")
+    chat.add_argument("--adapter", type=Path, help="folder that `distil` made; none: the base alone")
+    chat.add_argument("--compare", action="store_true", help="show the base's answer before the adapter's")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="tokens an answer may have (default 256)")
+
+    guard = commands.add_parser(
+        "guard", help="fit or use a guard", description="Fit a guard of the bundled kind, or score a file."
+    )
+    guards = guard.add_subparsers(metavar="action", required=True)
+    fit = guards.add_parser("fit", help="train a guard of the bundled kind on labelled JSONL", description=_FIT)
+    fit.add_argument("data", type=Path, nargs="+", help="JSONL files")
+    fit.add_argument("--out", type=Path, required=True, help="folder of the guard")
+    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--dry-run", action="store_true", help="check the files and say what would run")
+    fit.set_defaults(run=_guard_fit)
+    score = guards.add_parser(
+        "score", help="p(safe) of every row of a file", description="Add p_safe to every row of a JSONL file."
+    )
+    score.add_argument("data", type=Path, help="JSONL with `prompt` and, for the response question, `response`")
+    score.add_argument("--guard", default="bundled", help="bundled, a folder, or package.module:callable (default bundled)")
+    score.add_argument("--out", type=Path, required=True, help="JSONL to write")
+    score.set_defaults(run=_guard_score)
+
+    demo = _command(commands, "demo", _demo, "the whole way on the installed demo model, with a report")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything it makes (default runs/demo)")
+    return parser
+
+
+_FIT = (
+    "Rows are JSON objects with `prompt`, `label` (harmful or benign) and, optionally, `response` with `unsafe` (0 or 1). "
+    "A fifth of the prompts is held out for calibration and for the figures on the guard's card."
+)
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    text: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.add_argument("--recipe", type=Path, help="YAML recipe; defaults are used for what it leaves out")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override one recipe value; may be repeated",
+    )
+    command.add_argument("--dry-run", action="store_true", help="check everything, say what would run and roughly how long")
+    command.set_defaults(run=run)
+    return command
+
+
+def _recipe(options: argparse.Namespace) -> "Recipe":
+    from softguard.config import load_recipe
+
+    return load_recipe(options.recipe, options.overrides)
+
+
+def _base(recipe: "Recipe") -> "BaseModel":
+    import torch
+
+    from softguard.models import load_base
+
+    if recipe.model.threads:
+        torch.set_num_threads(recipe.model.threads)
+    print(f"loading {recipe.model.name} …", file=sys.stderr)
+    return load_base(recipe.model.name, recipe.model.dtype, recipe.model.device)
+
+
+def _system(recipe: "Recipe") -> "SafeSystem":
+    from softguard.system import SafeSystem
+
+    return SafeSystem.from_config(recipe.system)
+
+
+def _teach(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    from softguard.corpus import teach
+    from softguard.estimate import teach_plan
+    from softguard.progress import Bars
+
+    system, base = _system(recipe), _base(recipe)
+    if options.dry_run:
+        print(teach_plan(recipe, base))
+        return
+    with Bars() as bars:
+        corpus = teach(recipe, options.out, base, system, bars)
+    print(f"corpus {corpus.fingerprint} with {corpus.size('train'):,} + {corpus.size('validation'):,} prompts in {options.out}")
+
+
+def _distil(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    from softguard.corpus import Corpus
+    from softguard.distill import distil
+    from softguard.estimate import distil_plan
+    from softguard.progress import Steps
+
+    Corpus.open(options.corpus)  # before the model is loaded for nothing
+    base = _base(recipe)
+    corpus = Corpus.open(options.corpus, base)
+    if options.dry_run:
+        print(distil_plan(recipe, corpus, base))
+        return
+    with Steps(recipe.distil.steps) as steps:
+        prompt = distil(recipe, corpus, options.out, base, steps)
+    print(f"soft prompt of {prompt.n_soft} vectors, {prompt.vectors.numel() * 4:,} bytes, in {options.out}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    from softguard.adapters import SoftPrompt
+    from softguard.estimate import evaluate_plan
+    from softguard.evaluation import evaluate
+    from softguard.progress import Bars
+    from softguard.report import table
+    from softguard.suites import load_suites
+
+    load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)  # before the model is loaded for nothing
+    system, base = _system(recipe), _base(recipe)
+    adapter = SoftPrompt.load(options.adapter, base) if options.adapter else None
+    if options.dry_run:
+        print(evaluate_plan(recipe, base, adapter is not None))
+        return
+    with Bars() as bars:
+        results = evaluate(recipe, options.out, base, system, adapter, progress=bars)
+    print(table(results.contract()))
+    print(f"written to {options.out / 'results.json'}")
+
+
+def _chat(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    from softguard.adapters import SoftPrompt
+    from softguard.chat import Chat
+    from softguard.conversation import converse
+    from softguard.engine import Engine
+
+    if options.compare and not options.adapter:
+        raise SoftguardError("--compare needs --adapter, the folder that `distil` made")
+    if options.max_new_tokens < 1:
+        raise SoftguardError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 1")
+    base = _base(recipe)
+    engines = {}
+    if options.compare or not options.adapter:
+        engines["base"] = Engine(base, Chat(base.tokenizer, "start", base.stop_ids))
+    if options.adapter:
+        adapter = SoftPrompt.load(options.adapter, base)
+        engines["distilled"] = Engine(base, Chat(base.tokenizer, adapter.slot, base.stop_ids), adapter.vectors)
+    if options.dry_run:
+        print(f"chat: would talk to {' and '.join(engines)} until an empty line")
+        return
+    converse(engines, options.max_new_tokens)
+
+
+def _guard_fit(options: argparse.Namespace) -> None:
+    from softguard.guards.encoder import FitSettings, fit_guard, read_rows
+
+    if options.dry_run:
+        counts = ", ".join(f"{path} ({len(read_rows(path)):,} rows)" for path in options.data)
+        print(f"guard fit: would train on {counts} and write {options.out}; minutes for some thousand rows")
+        return
+    guard = fit_guard(options.data, options.out, FitSettings(seed=options.seed), told=lambda line: print(line, file=sys.stderr))
+    print(f"guard {guard.name} ({guard.fingerprint}) in {options.out}; its figures are in card.json")
+
+
+def _guard_score(options: argparse.Namespace) -> None:
+    from softguard.guards import load_guard
+    from softguard.guards.score import score_file
+
+    count = score_file(load_guard(options.guard), options.data, options.out)
+    print(f"{count:,} rows with p_safe in {options.out}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from softguard.demo import demo, demo_plan, demo_recipe
+
+    recipe = demo_recipe(options.recipe, options.overrides)
+    if options.dry_run:
+        print(demo_plan(recipe))
+        return
+    print(demo(recipe, options.out, _base(recipe), _system(recipe)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""The interactive chat: reads lines, streams answers, keeps the conversation."""
+
+import sys
+from collections.abc import Mapping
+
+from softguard.chat import Turn
+from softguard.engine import Engine
+
+
+def converse(engines: Mapping[str, Engine], max_new_tokens: int) -> None:
+    """Talk until an empty line or the end of input. Every engine answers and remembers its own side of the conversation."""
+    histories: dict[str, list[Turn]] = {name: [] for name in engines}
+    while True:
+        print("you> ", end="", flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        for name, engine in engines.items():
+            history = histories[name]
+            history.append(Turn("user", line))
+            print(f"{name}> ", end="", flush=True)
+            pieces = []
+            for piece in engine.stream(history, max_new_tokens):
+                print(piece, end="", flush=True)
+                pieces.append(piece)
+            print()
+            history.append(Turn("assistant", "".join(pieces)))

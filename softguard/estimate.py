@@ -1,0 +1,62 @@
+"""How long a command would take, from one small timed sample of its own work on this machine."""
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from softguard.chat import Chat
+from softguard.config import Recipe
+from softguard.corpus import Corpus
+from softguard.distill import time_step
+from softguard.engine import Engine
+from softguard.models import BaseModel
+from softguard.prompts import read_prompts, thin
+from softguard.suites import load_suites
+
+_SAMPLE = 16  # prompts
+
+
+def teach_plan(recipe: Recipe, base: BaseModel) -> str:
+    """What `teach` would draw and roughly how long it would take. Reads, and so checks, all prompts."""
+    texts = {s: [p.text for p in read_prompts(s, recipe.teach.limit)] for s in (recipe.teach.prompts, recipe.teach.validation)}
+    count = sum(map(len, texts.values())) * recipe.teach.responses
+    seconds = _generation(base, [t for part in texts.values() for t in part], recipe.teach.max_new_tokens) * count
+    parts = " and ".join(f"{len(part):,} prompts of {source}" for source, part in texts.items())
+    return (
+        f"teach: draw {recipe.teach.responses} response(s) of up to {recipe.teach.max_new_tokens} tokens to {parts} from "
+        f"{base.name}, score them with guard {recipe.system.guard} in {recipe.system.mode} mode; about {_minutes(seconds)}"
+    )
+
+
+def distil_plan(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
+    """What `distil` would train and roughly how long it would take."""
+    with TemporaryDirectory() as folder:
+        seconds = time_step(recipe, corpus, Path(folder), base) * recipe.distil.steps
+    return (
+        f"distil: {recipe.distil.steps} steps of {recipe.distil.batch_size} prompts from a corpus of "
+        f"{corpus.size('train'):,}, objective {recipe.distil.objective}, {recipe.distil.n_soft} vectors in slot {recipe.distil.slot}; about {_minutes(seconds)}"
+    )
+
+
+def evaluate_plan(recipe: Recipe, base: BaseModel, adapted: bool) -> str:
+    """What `evaluate` would measure and roughly how long it would take."""
+    suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
+    texts = [text for suite in suites for text in suite.prompts]
+    seconds = _generation(base, texts, recipe.evaluate.max_new_tokens) * len(texts) * (1 + adapted)
+    systems = "base, safe system and distilled model" if adapted else "base and safe system"
+    parts = ", ".join(f"{suite.name} ({len(suite.prompts):,})" for suite in suites)
+    return f"evaluate: {systems} on {parts}; about {_minutes(seconds)}"
+
+
+def _generation(base: BaseModel, texts: list[str], new: int) -> float:
+    """Seconds a prompt, from a sample spread over `texts`."""
+    engine = Engine(base, Chat(base.tokenizer, "start", base.stop_ids))
+    sample = thin(texts, _SAMPLE)
+    engine.generate(sample[:2], 2)
+    begin = time.perf_counter()
+    engine.generate(sample, new)
+    return (time.perf_counter() - begin) / len(sample)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,49 @@
+"""Score a file of prompts, or of prompts and responses, with any guard."""
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from softguard.errors import SoftguardError
+from softguard.files import write_file
+from softguard.guards import Guard, prompt_safety, response_safety
+from softguard.prompts import read_rows
+
+_BATCH = 256
+
+
+def score_file(guard: Guard, data: Path, out: Path) -> int:
+    """Write every row of `data` to the JSONL file `out` with a field `p_safe`; returns the number of rows.
+
+    Rows with a `response` get p(safe | prompt, response), the others p(safe | prompt).
+    Raises SoftguardError for a bad row or a failing guard; `out` is written whole or not at all.
+    """
+    count = 0
+
+    def write(beside: Path) -> None:
+        nonlocal count
+        rows = read_rows(str(data))
+        with beside.open("w", encoding="utf-8") as lines:
+            while batch := list(islice(rows, _BATCH)):
+                for row, p_safe in zip((r for _, r in batch), _scores(guard, batch), strict=True):
+                    lines.write(json.dumps({**row, "p_safe": round(p_safe, 6)}, ensure_ascii=False) + "\n")
+                count += len(batch)
+
+    write_file(out, write)
+    return count
+
+
+def _scores(guard: Guard, batch: list[tuple[str, dict[str, Any]]]) -> list[float]:
+    scores = [0.0] * len(batch)
+    answered = [i for i, (_, row) in enumerate(batch) if row.get("response") is not None]
+    alone = [i for i, (_, row) in enumerate(batch) if row.get("response") is None]
+    for i in answered:
+        if not isinstance(batch[i][1]["response"], str):
+            raise SoftguardError(f"{batch[i][0]}: field 'response' is not text")
+    prompts = [row["prompt"] for _, row in batch]
+    pairs = response_safety(guard, [prompts[i] for i in answered], [batch[i][1]["response"] for i in answered])
+    for where, values in ((answered, pairs), (alone, prompt_safety(guard, [prompts[i] for i in alone]))):
+        for i, value in zip(where, values, strict=True):
+            scores[i] = float(value)
+    return scores
