@@ -1,0 +1,113 @@
+"""Files are whole or not there: failing writers, full disks, damaged artefacts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from softguard.errors import SoftguardError
+from softguard.files import read_json, write_file, write_json, write_text
+
+
+def test_written_files_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "a.json"
+    write_json(path, {"text": "naïve 日本", "n": 1.5})
+    assert read_json(path, "thing") == {"text": "naïve 日本", "n": 1.5}
+    assert "日本" in path.read_text(encoding="utf-8")
+    write_text(path, "other\n")
+    assert path.read_bytes() == b"other\n"
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def write(beside: Path) -> None:
+        assert beside.parent == path.parent  # else the rename could not be atomic
+        beside.write_text("new")
+        assert path.read_text() == "old"
+
+    write_file(path, write)
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("failure", [OSError("the disk broke"), ValueError("bad value"), KeyboardInterrupt()])
+def test_a_writer_that_fails_leaves_the_old_file_alone_and_nothing_beside(tmp_path: Path, failure: BaseException) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def write(beside: Path) -> None:
+        beside.write_text("half")
+        raise failure
+
+    with pytest.raises(SoftguardError if isinstance(failure, OSError) else type(failure)):
+        write_file(path, write)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_full_disk_is_told_and_the_old_file_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    script = """
+import resource, sys
+from pathlib import Path
+from softguard.errors import SoftguardError
+from softguard.files import write_text
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_text(Path(sys.argv[1]), "x" * 5000)
+except SoftguardError as error:
+    print(error)
+"""
+    told = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True, timeout=60)
+    assert "a.txt could not be written (File too large)" in told.stdout
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_in_the_files_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(SoftguardError, match="a could not be written"):
+        write_text(tmp_path / "a", "text")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_in_the_folders_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("in the way")
+    with pytest.raises(SoftguardError, match="could not be written"):
+        write_text(tmp_path / "a" / "b.txt", "text")
+
+
+def test_a_name_too_long_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SoftguardError, match="could not be written"):
+        write_text(tmp_path / ("x" * 300), "text")
+
+
+def test_numbers_json_does_not_have_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+def test_missing_json_names_what_and_where(tmp_path: Path) -> None:
+    with pytest.raises(SoftguardError, match=rf"{tmp_path} holds no corpus: manifest.json is missing"):
+        read_json(tmp_path / "manifest.json", "corpus")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe{}", b"[1, 2]", b'"text"', b"null"])
+def test_damaged_json_names_the_file_and_the_mend(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_bytes(content)
+    with pytest.raises(SoftguardError, match=r"manifest\.json is damaged .*; make the corpus again"):
+        read_json(path, "corpus")
+
+
+def test_json_in_a_file_for_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text(json.dumps({}))
+    with pytest.raises(SoftguardError, match="corpus"):
+        read_json(tmp_path / "run" / "manifest.json", "corpus")

@@ -1,0 +1,123 @@
+"""Intervals against binomial tails, simulated coverage and cases worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from softguard.stats import CONFIDENCE, gap_closed, mean, share
+
+
+def binomial_tail(n: int, hits: int, p: float) -> float:
+    """P(at least `hits` of n) when each comes with probability p."""
+    return math.fsum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(hits, n + 1))
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (0, 20), (1, 20), (7, 20), (19, 20), (20, 20), (150, 322)])
+def test_share_has_the_clopper_pearson_interval(hits: int, n: int) -> None:
+    found = share([True] * hits + [False] * (n - hits))
+    assert found.value == pytest.approx(hits / n)
+    assert found.n == n
+    tail = (1 - CONFIDENCE) / 2
+    # The ends are the p at which so many hits, or so few, have probability 2.5 %; 0 and 1 where nothing can be excluded.
+    if hits:
+        assert binomial_tail(n, hits, found.low) == pytest.approx(tail, rel=1e-6)
+    else:
+        assert found.low == 0
+    if hits < n:
+        assert 1 - binomial_tail(n, hits + 1, found.high) == pytest.approx(tail, rel=1e-6)
+    else:
+        assert found.high == 1
+
+
+@pytest.mark.parametrize("p", [0.02, 0.3, 0.9])
+def test_clopper_pearson_covers_at_least_as_often_as_it_says(p: float) -> None:
+    n = 30
+    intervals = [share([True] * k + [False] * (n - k)) for k in range(n + 1)]
+    covered = sum(
+        math.comb(n, k) * p**k * (1 - p) ** (n - k) for k, found in enumerate(intervals) if found.low <= p <= found.high
+    )
+    assert covered >= CONFIDENCE
+
+
+def test_share_counts_numpy_booleans() -> None:
+    assert share(np.array([True, False, True, True]).tolist()) == share([True, False, True, True])
+    assert share([True, False, True, True]).value == 0.75
+
+
+def test_nothing_to_measure_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no prompts to count"):
+        share([])
+    with pytest.raises(ValueError, match="no prompts to average"):
+        mean([])
+
+
+def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    found = [mean(rng.exponential(size=60).tolist(), seed=trial) for trial in range(150)]
+    covered = sum(f.low <= 1 <= f.high for f in found) / len(found)
+    assert 0.87 <= covered <= 0.99  # about 0.93 is known of the percentile interval at this size and skew
+
+
+def test_bootstrap_interval_has_the_normal_width_on_many_values() -> None:
+    values = np.random.default_rng(2).normal(3, 2, size=400)
+    found = mean(values.tolist())
+    assert found.value == pytest.approx(values.mean())
+    width = 2 * 1.96 * values.std() / math.sqrt(400)
+    assert found.high - found.low == pytest.approx(width, rel=0.05)
+    assert found.n == 400
+
+
+def test_equal_values_have_an_interval_without_width() -> None:
+    assert mean([0.25] * 10) == pytest.approx((0.25, 0.25, 0.25, 10))
+    assert mean([7.0]) == pytest.approx((7.0, 7.0, 7.0, 1))
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    values = np.random.default_rng(3).uniform(size=50).tolist()
+    assert mean(values, seed=4) == mean(values, seed=4)
+    assert mean(values, seed=4) != mean(values, seed=5)
+
+
+def flags(hits: int, n: int) -> list[bool]:
+    return [i < hits for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("base", "system", "student", "closed"),
+    [(50, 90, 50, 0.0), (50, 90, 90, 1.0), (50, 90, 70, 0.5), (50, 90, 40, -0.25), (50, 90, 100, 1.25)],
+)
+def test_gap_closed_is_the_students_part_of_the_gap(base: int, system: int, student: int, closed: float) -> None:
+    found = gap_closed(flags(base, 100), flags(system, 100), flags(student, 100))
+    assert found is not None
+    assert found.value == pytest.approx(closed)
+    assert found.low <= closed <= found.high
+    assert found.n == 100
+
+
+def test_gap_closed_resamples_the_three_together() -> None:
+    base, system = flags(50, 100), flags(90, 100)
+    found = gap_closed(base, system, system)
+    assert found is not None
+    assert (found.low, found.high) == (1, 1)  # a student that does as the system does is never off by chance
+
+
+def test_gap_closed_has_the_interval_of_a_share_when_base_and_system_are_sure() -> None:
+    found = gap_closed([False] * 200, [True] * 200, flags(120, 200))
+    assert found is not None
+    width = 2 * 1.96 * math.sqrt(0.6 * 0.4 / 200)
+    assert found.value == pytest.approx(0.6)
+    assert found.high - found.low == pytest.approx(width, rel=0.05)
+
+
+def test_no_gap_gives_none() -> None:
+    assert gap_closed(flags(9, 10), flags(9, 10), flags(10, 10)) is None
+    assert gap_closed(flags(9, 10), flags(8, 10), flags(10, 10)) is None
+
+
+def test_a_gap_that_resamples_lose_still_has_finite_ends() -> None:
+    found = gap_closed(flags(9, 10), flags(10, 10), flags(10, 10))
+    assert found is not None
+    assert found.value == pytest.approx(1)
+    assert math.isfinite(found.low)
+    assert math.isfinite(found.high)

@@ -1,0 +1,109 @@
+"""Suites: what they hold, what they measure, and what is said of unusable ones."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from softguard.errors import SoftguardError
+from softguard.prompts import read_prompts
+from softguard.suites import load_suites
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return f"file:{path}"
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize(
+    ("name", "measure"), [("harmful", "safety"), ("contrast", "over_refusal"), ("everyday", "over_refusal")]
+)
+def test_packaged_suite_holds_its_prompts_and_measure(name: str, measure: str, split: str) -> None:
+    (suite,) = load_suites([name], split)
+    assert (suite.name, suite.split, suite.measure) == (name, split, measure)
+    assert suite.prompts == tuple(p.text for p in read_prompts(f"packaged:{split}") if p.suite == name)
+    label = "harmful" if measure == "safety" else "benign"
+    assert {p.label for p in read_prompts(f"packaged:{split}") if p.suite == name} == {label}
+
+
+def test_drift_is_measured_on_contrast_and_everyday_prompts() -> None:
+    contrast, everyday, drift = load_suites(["contrast", "everyday", "drift"], "test")
+    assert drift.measure == "drift"
+    assert drift.prompts == contrast.prompts + everyday.prompts
+
+
+def test_suites_come_in_the_order_asked_for() -> None:
+    assert [suite.name for suite in load_suites(["everyday", "harmful"], "test")] == ["everyday", "harmful"]
+
+
+@pytest.mark.parametrize("limit", [1, 10, 60])
+def test_limit_takes_prompts_from_all_over_a_suite(limit: int) -> None:
+    (whole,) = load_suites(["harmful"], "test")
+    (some,) = load_suites(["harmful"], "test", limit)
+    assert len(some.prompts) == limit
+    places = [whole.prompts.index(prompt) for prompt in some.prompts]
+    steps = {b - a for a, b in pairwise(places)}
+    assert places[0] == 0
+    assert all(abs(step - len(whole.prompts) / limit) < 1 for step in steps)
+
+
+def test_limited_drift_keeps_the_proportion_of_its_sources() -> None:
+    contrast, everyday, drift = load_suites(["contrast", "everyday"], "test") + load_suites(["drift"], "test", 100)
+    share = sum(prompt in contrast.prompts for prompt in drift.prompts) / 100
+    assert share == pytest.approx(len(contrast.prompts) / (len(contrast.prompts) + len(everyday.prompts)), abs=0.02)
+
+
+def test_a_limit_above_the_size_takes_all() -> None:
+    assert load_suites(["contrast"], "test", 10**6) == load_suites(["contrast"], "test")
+
+
+def test_labelled_file_makes_a_suite_a_label(tmp_path: Path) -> None:
+    rows = [{"prompt": f"prompt {i}", "label": ("harmful", "benign")[i % 2]} for i in range(10)]
+    harmful, benign = load_suites([write_rows(tmp_path / "mine.jsonl", rows)], "test")
+    assert (harmful.name, harmful.split, harmful.measure) == ("mine-harmful", "all", "safety")
+    assert (benign.name, benign.split, benign.measure) == ("mine-benign", "all", "over_refusal")
+    assert harmful.prompts == tuple(f"prompt {i}" for i in range(0, 10, 2))
+    assert benign.prompts == tuple(f"prompt {i}" for i in range(1, 10, 2))
+
+
+def test_labelled_file_with_one_label_makes_one_suite(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "mine.jsonl", [{"prompt": "p", "label": "benign"}])
+    assert [suite.name for suite in load_suites([source], "test")] == ["mine-benign"]
+
+
+def test_limit_of_a_labelled_file_holds_for_each_label(tmp_path: Path) -> None:
+    rows = [{"prompt": f"prompt {i}", "label": "harmful" if i < 30 else "benign"} for i in range(100)]
+    harmful, benign = load_suites([write_rows(tmp_path / "mine.jsonl", rows)], "test", 5)
+    assert len(harmful.prompts) == len(benign.prompts) == 5
+
+
+def test_files_of_one_name_make_suites_of_different_names(tmp_path: Path) -> None:
+    sources = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        sources.append(write_rows(tmp_path / folder / "mine.jsonl", [{"prompt": folder, "label": "benign"}]))
+    names = [suite.name for suite in load_suites(sources, "test")]
+    assert len(set(names)) == 2  # results are told apart by the suite's name
+
+
+def test_labels_are_needed(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "mine.jsonl", [{"prompt": "a", "label": "benign"}, {"prompt": "b"}])
+    with pytest.raises(SoftguardError, match=r"mine\.jsonl: every row needs a label, harmful or benign"):
+        load_suites([source], "test")
+
+
+def test_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SoftguardError, match="does not exist"):
+        load_suites([f"file:{tmp_path / 'none.jsonl'}"], "test")
+
+
+def test_unknown_suite_names_the_known_ones() -> None:
+    with pytest.raises(SoftguardError, match=r"'harmfull' is unknown; use harmful, contrast, everyday, drift, file:PATH"):
+        load_suites(["harmfull"], "test")
+
+
+def test_unknown_split_names_the_known_ones() -> None:
+    with pytest.raises(SoftguardError, match="split 'dev' is unknown; use packaged:train"):
+        load_suites(["harmful"], "dev")
