@@ -1,0 +1,300 @@
+"""Recipes: YAML in and out, typing slips, impossible values, and the fingerprint."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from softguard.config import (
+    DistilConfig,
+    EvaluateConfig,
+    Recipe,
+    SystemConfig,
+    TeachConfig,
+    dump_recipe,
+    fingerprint,
+    load_recipe,
+)
+from softguard.errors import SoftguardError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+CHANGED = Recipe(
+    seed=7,
+    system=SystemConfig(threshold=0.25, refusal="Désolé : « non », 'no' # 5e-3"),
+    teach=TeachConfig(temperature=0.0, limit=12),
+    distil=DistilConfig(learning_rate=3e-4, length="mean", init_text="two\nlines: yes"),
+    evaluate=EvaluateConfig(suites=("harmful", "file:a b.jsonl"), split="validation"),
+)
+
+
+def load_text(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path)
+
+
+def changes(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(field, a copy of `config` in which that field alone has another allowed value), for every field at any depth."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        options: list[tuple[str, Any]]
+        if dataclasses.is_dataclass(value):
+            options = list(changes(value, f"{name}{field.name}."))
+        elif typing.get_origin(hint) is Literal:
+            options = [(name + field.name, other) for other in typing.get_args(hint) if other != value]
+        elif isinstance(value, str):
+            options = [(name + field.name, value + "x")]
+        elif isinstance(value, tuple):
+            options = [(name + field.name, value[::-1]), (name + field.name, value[:-1])]
+        else:
+            options = [(name + field.name, 0.125 if value is None else value + 1)]
+        for path, other in options:
+            yield path, dataclasses.replace(config, **{field.name: other})
+
+
+CHANGES = list(changes(Recipe()))
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), CHANGED])
+def test_dumped_recipe_is_loaded_unchanged(tmp_path: Path, recipe: Recipe) -> None:
+    assert load_text(tmp_path, dump_recipe(recipe)) == recipe
+
+
+@pytest.mark.parametrize(("field", "recipe"), CHANGES, ids=[field for field, _ in CHANGES])
+def test_every_field_is_dumped_loaded_and_fingerprinted(tmp_path: Path, field: str, recipe: Recipe) -> None:
+    assert recipe != Recipe()
+    assert load_text(tmp_path, dump_recipe(recipe)) == recipe
+    assert fingerprint(recipe) != fingerprint(Recipe())
+
+
+def test_different_changes_have_different_fingerprints() -> None:
+    assert len({fingerprint(recipe) for _, recipe in CHANGES}) == len(CHANGES) > 30
+
+
+def test_fingerprint_is_the_same_in_another_process() -> None:
+    script = "from softguard.config import Recipe, fingerprint; print(fingerprint(Recipe(), 'é', [1, 2.5], None))"
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(RECIPES.parent)},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout.strip()
+        for hash_seed in ("1", "2")
+    }
+    assert seen == {fingerprint(Recipe(), "é", [1, 2.5], None)}
+
+
+def test_fingerprint_is_16_hex_digits_and_knows_order() -> None:
+    assert len(fingerprint("a")) == 16
+    assert int(fingerprint("a"), 16) >= 0
+    assert fingerprint("a", "b") != fingerprint("b", "a") != fingerprint("ab")
+
+
+def test_no_recipe_is_the_defaults(tmp_path: Path) -> None:
+    assert load_recipe() == load_text(tmp_path, "") == load_text(tmp_path, "# nothing\n") == Recipe()
+
+
+def test_what_is_left_out_keeps_its_default(tmp_path: Path) -> None:
+    recipe = load_text(tmp_path, "distil: {steps: 7}\n")
+    assert recipe == Recipe(distil=DistilConfig(steps=7))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("distil: {lerning_rate: 0.1}", "distil.lerning_rate is unknown; did you mean distil.learning_rate?"),
+        ("distill: {}", "distill is unknown; did you mean distil?"),
+        ("teach: {max_tokens: 3}", "teach.max_tokens is unknown; did you mean teach.max_new_tokens?"),
+        ("evaluate: {suite: [harmful]}", "evaluate.suite is unknown; did you mean evaluate.suites?"),
+        ("3: x", "3 is unknown; did you mean "),
+    ],
+)
+def test_unknown_key_names_the_nearest(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SoftguardError) as caught:
+        load_text(tmp_path, text)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: one", "seed is 'one'; it must be int"),
+        ("seed: true", "seed is True; it must be int"),
+        ("seed: 1.5", "seed is 1.5; it must be int"),
+        ("seed:", "seed is None; it must be int"),
+        ("distil: {steps: 1e2}", "distil.steps is '1e2'; it must be int"),
+        ("distil: {learning_rate: fast}", "distil.learning_rate is 'fast'; it must be float"),
+        ("distil: {learning_rate: true}", "distil.learning_rate is True; it must be float"),
+        ("distil: {init_text: 3}", "distil.init_text is 3; it must be str"),
+        ("distil: {length: total}", "distil.length is 'total'; it must be one of sum, mean"),
+        ("distil: {length: [sum]}", "distil.length is ['sum']; it must be one of sum, mean"),
+        ("system: {threshold: high}", "system.threshold is 'high'; it must be float or none"),
+        ("evaluate: {suites: [1]}", "evaluate.suites is 1; it must be str"),
+        ("evaluate: {suites: {a: b}}", "evaluate.suites is {'a': 'b'}; it must be str"),
+        ("model: smollm2", "model must be a section, not 'smollm2'"),
+        ("model:", "model must be a section, not None"),
+    ],
+)
+def test_wrong_type_names_key_value_and_type(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SoftguardError) as caught:
+        load_text(tmp_path, text)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b", "must be a mapping of sections, not list"),
+        ("just text", "must be a mapping of sections, not str"),
+        ("[]", "must be a mapping of sections, not list"),
+        ("distil: {steps: 1", "is not valid YAML"),
+        ("seed: !!python/object:os.system {}", "is not valid YAML"),
+    ],
+)
+def test_what_is_no_recipe_is_told(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SoftguardError) as caught:
+        load_text(tmp_path, text)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_recipe_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes("system: {refusal: Désolé}".encode("latin-1"))
+    with pytest.raises(SoftguardError, match="is not valid YAML"):
+        load_recipe(path)
+
+
+def test_missing_recipe_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SoftguardError, match=r"none\.yaml cannot be read \(No such file or directory\)"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_integers_serve_as_floats() -> None:
+    clip = load_recipe(overrides=["distil.clip=2"]).distil.clip
+    assert isinstance(clip, float)
+    assert clip == 2.0
+
+
+def test_overrides_are_applied_in_order() -> None:
+    recipe = load_recipe(
+        overrides=[
+            "seed=3",
+            "distil.learning_rate=5e-3",
+            "distil.steps=1",
+            "distil.steps=9",
+            "system.threshold=null",
+            "system.refusal=No, a=b",
+            "evaluate.suites=[harmful, drift]",
+            "distil.length = mean",
+        ]
+    )
+    assert recipe == Recipe(
+        seed=3,
+        distil=DistilConfig(learning_rate=0.005, steps=9, length="mean"),
+        system=SystemConfig(refusal="No, a=b"),
+        evaluate=EvaluateConfig(suites=("harmful", "drift")),
+    )
+
+
+def test_one_suite_needs_no_list() -> None:
+    assert load_recipe(overrides=["evaluate.suites=harmful"]).evaluate.suites == ("harmful",)
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("distil: {steps: 5, n_soft: 6}\n")
+    assert load_recipe(path, ["distil.steps=8"]).distil == DistilConfig(steps=8, n_soft=6)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distil.steps", "override 'distil.steps' must read section.key=value"),
+        ("seed.deep=1", "seed is {'deep': 1}; it must be int"),
+        ("distil.step=1", "distil.step is unknown; did you mean distil.steps?"),
+        ("distil=1", "distil must be a section, not 1"),
+        ("evaluate.suites=[a", "the value is not valid YAML"),
+        ("=1", "is unknown"),
+    ],
+)
+def test_unusable_override_is_told(override: str, message: str) -> None:
+    with pytest.raises(SoftguardError) as caught:
+        load_recipe(overrides=[override])
+    assert message in str(caught.value)
+
+
+def test_override_below_a_value_of_the_file_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 1\n")
+    with pytest.raises(SoftguardError, match=r"override 'seed\.deep=1': seed is not a section"):
+        load_recipe(path, ["seed.deep=1"])
+
+
+POSITIVE = [
+    *(f"distil.{key}" for key in ("n_soft", "steps", "batch_size", "accumulate", "learning_rate", "clip", "validate_every")),
+    *(f"distil.{key}" for key in ("validation_prompts", "patience", "checkpoint_every")),
+    *(f"teach.{key}" for key in ("responses", "max_new_tokens", "batch_size", "shard_size")),
+    *(f"evaluate.{key}" for key in ("max_new_tokens", "batch_size")),
+]
+NOT_NEGATIVE = [
+    *("seed", "model.threads", "teach.temperature", "teach.limit", "evaluate.limit"),
+    *("distil.warmup", "distil.safe_weight", "distil.refusal_weight"),
+]
+
+
+@pytest.mark.parametrize("key", POSITIVE)
+def test_sizes_must_be_positive(key: str) -> None:
+    with pytest.raises(SoftguardError, match=f"{key} is .*; it must be greater than 0"):
+        load_recipe(overrides=[f"{key}=0"])
+
+
+@pytest.mark.parametrize("key", NOT_NEGATIVE)
+def test_counts_and_weights_must_not_be_negative(key: str) -> None:
+    load_recipe(overrides=[f"{key}=0"])
+    with pytest.raises(SoftguardError, match=f"{key} is .*; it must not be negative"):
+        load_recipe(overrides=[f"{key}=-1"])
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize("key", ["distil.learning_rate", "distil.safe_weight", "teach.temperature", "system.threshold"])
+def test_numbers_must_be_finite(key: str, value: str) -> None:
+    with pytest.raises(SoftguardError, match=key):
+        load_recipe(overrides=[f"{key}={value}"])
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1])
+def test_threshold_must_be_a_probability(threshold: float) -> None:
+    with pytest.raises(SoftguardError, match=r"system\.threshold is .*; it must lie in \[0, 1\]"):
+        load_recipe(overrides=[f"system.threshold={threshold}"])
+
+
+def test_threshold_may_be_either_end() -> None:
+    assert [load_recipe(overrides=[f"system.threshold={t}"]).system.threshold for t in (0, 1)] == [0, 1]
+
+
+def test_refusal_must_say_something() -> None:
+    with pytest.raises(SoftguardError, match=r"system\.refusal is empty"):
+        load_recipe(overrides=["system.refusal='  '"])
+
+
+def test_micro_batches_must_not_outnumber_prompts() -> None:
+    with pytest.raises(SoftguardError, match=r"distil\.accumulate is 25; it must not exceed distil\.batch_size 24"):
+        load_recipe(overrides=["distil.accumulate=25"])
+
+
+def test_every_recipe_of_the_repository_loads() -> None:
+    paths = sorted(RECIPES.glob("*.yaml"))
+    assert RECIPES / "demo.yaml" in paths
+    for path in paths:
+        assert isinstance(load_recipe(path), Recipe)
