@@ -240,6 +240,16 @@ def test_system_hinge_bounds_the_total_variation_up_to_its_clamp_for_sure_guards
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_system_hinge_is_its_equation(seed: int) -> None:
+    made, arguments = equal_samples(seed)
+    answered = sum(
+        p * made.alpha[y] * max(math.log(made.alpha[y] * p / made.student[y]), 0) for y, p in made.base.items() if p > 0
+    )
+    refused = made.refusal_rate * max(math.log(made.refusal_rate / made.student[REFUSAL]), 0)
+    assert system_hinge(*arguments).item() == pytest.approx(answered + refused)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_system_hinge_is_zero_at_the_system(seed: int) -> None:
     _, (alpha, _, rate, _) = equal_samples(seed)
     assert system_hinge(alpha, alpha.log(), rate, rate.log()).item() == 0
@@ -277,6 +287,12 @@ def test_total_variation_is_below_both_bounds_from_kl(seed: int) -> None:
     assert tv <= math.sqrt(1 - math.exp(-kl))
     bound = tv_bound_from_kl(torch.tensor(kl, dtype=torch.float64)).item()
     assert bound == pytest.approx(min(math.sqrt(kl / 2), math.sqrt(1 - math.exp(-kl))))
+
+
+@pytest.mark.parametrize("kl", [1e-6, 0.01, 0.5, 1.5, 1.7, 4.0])
+def test_bound_from_kl_is_the_smaller_of_the_two(kl: float) -> None:
+    bound = tv_bound_from_kl(torch.tensor(kl, dtype=torch.float64)).item()
+    assert bound == pytest.approx(math.sqrt(kl / 2) if kl < 1.6 else math.sqrt(1 - math.exp(-kl)))  # they cross at 1.59
 
 
 def test_bound_from_kl_runs_from_zero_to_one() -> None:

@@ -73,10 +73,11 @@ def test_labelled_file_with_one_label_makes_one_suite(tmp_path: Path) -> None:
     assert [suite.name for suite in load_suites([source], "test")] == ["mine-benign"]
 
 
-def test_limit_of_a_labelled_file_holds_for_each_label(tmp_path: Path) -> None:
+def test_limit_of_a_labelled_file_is_spread_over_each_label(tmp_path: Path) -> None:
     rows = [{"prompt": f"prompt {i}", "label": "harmful" if i < 30 else "benign"} for i in range(100)]
     harmful, benign = load_suites([write_rows(tmp_path / "mine.jsonl", rows)], "test", 5)
-    assert len(harmful.prompts) == len(benign.prompts) == 5
+    assert harmful.prompts == tuple(f"prompt {i}" for i in range(0, 30, 6))
+    assert benign.prompts == tuple(f"prompt {i}" for i in range(30, 100, 14))
 
 
 def test_files_of_one_name_make_suites_of_different_names(tmp_path: Path) -> None:
