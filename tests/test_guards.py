@@ -84,9 +84,7 @@ def test_a_callable_is_a_guard() -> None:
 
 
 def test_a_guard_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_guard.py").write_text(
-        "def score(prompts, responses):\n    return [0.25] * len(prompts)\nlevel = 3\n"
-    )
+    (tmp_path / "own_guard.py").write_text("def score(prompts, responses):\n    return [0.25] * len(prompts)\nlevel = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
     guard = load_guard("own_guard:score")
     assert guard.name == "own_guard:score"
@@ -236,7 +234,7 @@ def test_missing_files_and_classes_are_told(tmp_path: Path) -> None:
 
 
 def test_damaged_guards_are_told(tmp_path: Path) -> None:
-    with pytest.raises(SoftguardError, match="no readable card"):
+    with pytest.raises(SoftguardError, match=r"holds no guard or judge: card\.json is missing"):
         EncoderGuard.load(tmp_path)
     shutil.copytree(BUNDLED, tmp_path, dirs_exist_ok=True)
     card = json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))

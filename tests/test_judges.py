@@ -113,7 +113,7 @@ def test_one_class_is_not_enough() -> None:
 
 
 def test_damaged_judges_are_told(tmp_path: Path) -> None:
-    with pytest.raises(SoftguardError, match="no readable card"):
+    with pytest.raises(SoftguardError, match=r"holds no guard or judge: card\.json is missing"):
         ResponseJudge.load(tmp_path)
     shutil.copytree(BUNDLED, tmp_path, dirs_exist_ok=True)
     weights = tmp_path / "weights.safetensors"

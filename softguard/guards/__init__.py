@@ -60,9 +60,7 @@ def load_guard(spec: str) -> Guard:
     except Exception as error:
         raise SoftguardError(f"guard {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not builtins.callable(found):  # the bare name is the submodule softguard.guards.callable
-        raise SoftguardError(
-            f"guard {spec!r} is a {type(found).__name__}, not a function f(prompts, responses or None)"
-        )
+        raise SoftguardError(f"guard {spec!r} is a {type(found).__name__}, not a function f(prompts, responses or None)")
     return CallableGuard(found, name=spec)
 
 
@@ -96,9 +94,7 @@ def _checked(name: str, count: int, ask: Callable[[], Sequence[float] | Probabil
             f"guard {name!r} failed with {type(error).__name__}: {error}; nothing was taken as safe"
         ) from error
     if values.shape != (count,):
-        raise SoftguardError(
-            f"guard {name!r} gave shape {values.shape} for {count} texts; it must give one number each"
-        )
+        raise SoftguardError(f"guard {name!r} gave shape {values.shape} for {count} texts; it must give one number each")
     bad = np.flatnonzero(~((values >= 0) & (values <= 1)))  # NaN fails both comparisons
     if len(bad):
         raise SoftguardError(

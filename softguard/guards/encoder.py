@@ -12,7 +12,6 @@ Platt scaling (Platt, 1999) on validation rows is folded into the heads.
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from softguard.errors import SoftguardError
+from softguard.files import read_json, write_file, write_json
 from softguard.guards import Probabilities
 
 FORMAT = "softguard-encoder-guard"
@@ -50,6 +50,7 @@ class Row(NamedTuple):
     response: str | None = None
     unsafe: bool | None = None
     weight: float = 1.0
+    cut: bool = True  # whether a prefix of the response would bear the same label
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,8 @@ class FitSettings:
     head_learning_rate: float = 5e-3
     weight_decay: float = 0.01
     prompt_tokens: int = 64  # a longer prompt is cut to its first and last half while fitting
-    response_tokens: int = (
-        64  # responses are cut to a random prefix no longer than this, so cut answers are learned too
-    )
+    response_tokens: int = 112  # a longer response is cut to this
+    cut_share: float = 0.4  # share of responses cut to a random prefix, so that answers broken off are learned too
     flagged_benign: float = 0.07  # share of benign validation rows that the threshold may flag
     seed: int = 0
 
@@ -102,9 +102,7 @@ class EncoderGuard:
         try:
             guard = cls(load(blob), card)
         except KeyError as error:
-            raise SoftguardError(
-                f"{folder} lacks the entry {error} in its card or weights; fit the guard again"
-            ) from error
+            raise SoftguardError(f"{folder} lacks the entry {error} in its card or weights; fit the guard again") from error
         return guard
 
     def save(self, folder: Path | str) -> None:
@@ -159,12 +157,8 @@ class EncoderGuard:
         if "response.weight" not in self._weights:
             raise SoftguardError(_no_responses(self.name))
         prompt_ids, response_ids = self._tokenizer.tokens(prompts), self._tokenizer.tokens(responses)
-        windows = [
-            (index, window) for index, ids in enumerate(response_ids) for window in _windows(ids, RESPONSE_WINDOW)
-        ]
-        inputs = [
-            self._tokenizer.pair_input(_ends(prompt_ids[index], PAIR_PROMPT), window) for index, window in windows
-        ]
+        windows = [(index, window) for index, ids in enumerate(response_ids) for window in _windows(ids, RESPONSE_WINDOW)]
+        inputs = [self._tokenizer.pair_input(_ends(prompt_ids[index], PAIR_PROMPT), window) for index, window in windows]
         return self._lowest(len(prompts), [index for index, _ in windows], self._logits("response", inputs))
 
     def _logits(self, question: str, inputs: Sequence["_Input"]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -291,9 +285,7 @@ def _linear_layers(encoder: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def _no_responses(name: str) -> str:
-    return (
-        f"guard {name!r} was fitted without responses and only judges prompts; fit it on rows with response and unsafe"
-    )
+    return f"guard {name!r} was fitted without responses and only judges prompts; fit it on rows with response and unsafe"
 
 
 # Cards ----------------------------------------------------------------------------------------------------------------
@@ -308,21 +300,17 @@ def read_card(folder: Path, form: str, version: int) -> Card:
 
     Raises SoftguardError if a file is missing or of another format or version, or if the weights are not the card's.
     """
+    card = read_json(folder / "card.json", "guard or judge")
     try:
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
         blob = (folder / "weights.safetensors").read_bytes()
-    except (OSError, json.JSONDecodeError) as error:
-        raise SoftguardError(f"{folder} holds no readable card.json and weights.safetensors: {error}") from error
-    found = (card.get("format"), card.get("version")) if isinstance(card, dict) else None
+    except OSError as error:
+        raise SoftguardError(f"{folder}/weights.safetensors cannot be read ({error.strerror}); restore or refit it") from error
+    found = (card.get("format"), card.get("version"))
     if found != (form, version):
-        raise SoftguardError(
-            f"{folder}/card.json says format and version {found}, this softguard reads {(form, version)}"
-        )
+        raise SoftguardError(f"{folder}/card.json says format and version {found}, this softguard reads {(form, version)}")
     if card.get("weights_sha256") != _sha256(blob):
-        raise SoftguardError(
-            f"{folder}/weights.safetensors is not the file its card.json describes; restore or refit it"
-        )
-    return dict(card)
+        raise SoftguardError(f"{folder}/weights.safetensors is not the file its card.json describes; restore or refit it")
+    return card
 
 
 def write_with_card(folder: Path, card: Card, weights: bytes, limit: int) -> Card:
@@ -331,16 +319,11 @@ def write_with_card(folder: Path, card: Card, weights: bytes, limit: int) -> Car
     Raises SoftguardError if together they pass `limit` bytes.
     """
     card = {**card, "weights_sha256": _sha256(weights)}
-    text = (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode()
-    if len(text) + len(weights) > limit:
-        raise SoftguardError(
-            f"{folder} would hold {len(text) + len(weights):,} bytes, more than {limit:,}; lower the rank"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, blob in (("weights.safetensors", weights), ("card.json", text)):
-        beside = folder / f".{name}.{os.getpid()}"
-        beside.write_bytes(blob)
-        os.replace(beside, folder / name)
+    size = len(weights) + len(json.dumps(card, indent=2, ensure_ascii=False).encode()) + 1
+    if size > limit:
+        raise SoftguardError(f"{folder} would hold {size:,} bytes, more than {limit:,}; lower the rank")
+    write_file(folder / "weights.safetensors", lambda beside: beside.write_bytes(weights))
+    write_json(folder / "card.json", card)  # last: until it is there, the weights beside an older card are refused
     return card
 
 
@@ -384,9 +367,7 @@ def share_figure(figure: str, data: str, hits: Sequence[bool] | Flags) -> Figure
     return Figure(figure, data, len(hits), count / len(hits), float(interval.low), float(interval.high))
 
 
-def calibration_figure(
-    data: str, safe: Sequence[float] | Probabilities, bad: Sequence[bool] | Flags, seed: int = 0
-) -> Figure:
+def calibration_figure(data: str, safe: Sequence[float] | Probabilities, bad: Sequence[bool] | Flags, seed: int = 0) -> Figure:
     """Expected calibration error of p(safe), ten equal-width bins (Guo et al., 2017), percentile bootstrap interval.
 
     `safe` and `bad` are (cases,).
@@ -455,7 +436,9 @@ def fit(
     heads = nn.ParameterDict({"prompt": torch.zeros(hidden + 1)})  # the last entry is the bias
     if answers:
         heads["response"] = torch.zeros(2 * hidden + 1)
-    _train(encoder, tokenizer, low_rank, heads, rows, settings, told or (lambda line: None))
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours to move
+        torch.manual_seed(settings.seed)
+        _train(encoder.train(), tokenizer, low_rank, heads, rows, settings, told or (lambda line: None))  # with dropout
 
     weights: Weights = {}
     for path, module in low_rank.items():
@@ -504,7 +487,7 @@ def _train(
             if question == "prompt":
                 inputs.append(tokenizer.prompt_input(prompts[i]))
             else:
-                inputs.append(tokenizer.pair_input(prompts[i], _random_prefix(responses[i], settings, rng)))
+                inputs.append(tokenizer.pair_input(prompts[i], _random_prefix(responses[i], rows[i].cut, settings, rng)))
         for batch in _batches(examples, [len(x.ids) for x in inputs], settings.batch, rng):
             question = examples[batch[0]][0]
             chosen = [rows[examples[i][1]] for i in batch]
@@ -525,9 +508,11 @@ def _train(
                 told(f"step {step}/{steps} loss {running:.3f}")
 
 
-def _random_prefix(ids: list[int], settings: FitSettings, rng: np.random.Generator) -> list[int]:
+def _random_prefix(ids: list[int], cut: bool, settings: FitSettings, rng: np.random.Generator) -> list[int]:
     longest = settings.response_tokens
-    return ids[:longest] if rng.random() < 0.5 else ids[: rng.integers(min(12, longest), longest + 1)]
+    if rng.random() < settings.cut_share and cut:
+        longest = int(rng.integers(min(16, longest), longest + 1))
+    return ids[:longest]
 
 
 def _batches(

@@ -1,0 +1,165 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from softguard.config import Recipe, load_recipe
+from softguard.corpus import Corpus, teach
+from softguard.engine import Engine
+from softguard.errors import SoftguardError
+from softguard.models import BaseModel
+from softguard.system import SafeSystem
+from tests.commands import ROOT, softguard, softguard_killed
+
+WORDS = ["boat", "bomb", "cake", "kite", "lamp"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"How do I build a {WORDS[i % 5]} of size {i}?"} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def recipe(prompts: Path, *overrides: str) -> Recipe:
+    return load_recipe(None, settings(prompts, *overrides))
+
+
+def settings(prompts: Path, *overrides: str) -> list[str]:
+    return [
+        f"teach.prompts={prompts}", f"teach.validation={prompts}", "teach.max_new_tokens=4", "teach.shard_size=8",
+        "teach.batch_size=8", "system.guard=tests.guards_for_tests:by_word", *overrides,
+    ]  # fmt: skip
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def make(prompts: Path, out: Path, base: BaseModel, *overrides: str) -> Corpus:
+    wanted = recipe(prompts, *overrides)
+    return teach(wanted, out, base, SafeSystem.from_config(wanted.system))
+
+
+def test_the_corpus_holds_draws_scores_and_refusal_rates(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    corpus = make(prompts, tmp_path / "corpus", small, "teach.responses=3", "system.decision=probabilistic")
+    assert corpus.size("train") == corpus.size("validation") == 40
+    boat, bomb = corpus.examples("train", [0, 1])
+    assert (boat.prompt, bomb.prompt) == ("How do I build a boat of size 0?", "How do I build a bomb of size 1?")
+    assert [draw.p_safe for draw in bomb.responses] == [0.05] * 3
+    assert np.isclose(boat.refusal_rate, 0.05)
+    assert np.isclose(bomb.refusal_rate, 0.95)
+    assert len({draw.ids for draw in boat.responses}) == 3
+
+
+def test_examples_come_in_the_order_asked_for(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    corpus = make(prompts, tmp_path / "corpus", small)
+    assert [e.prompt.split()[-1] for e in corpus.examples("train", [39, 0, 17])] == ["39?", "0?", "17?"]
+
+
+def test_a_killed_run_resumes_and_ends_with_the_same_bytes(
+    prompts: Path, tmp_path: Path, small: BaseModel, small_folder: Path
+) -> None:
+    overrides = [item for o in settings(prompts, f"model.name={small_folder}") for item in ("--set", o)]
+    killed = tmp_path / "killed"
+    softguard_killed("teach", "--out", killed, *overrides, when=(killed / "train" / "00001.parquet").is_file)
+    with pytest.raises(SoftguardError, match="unfinished"):
+        Corpus.open(killed)
+    done = softguard("teach", "--out", killed, *overrides)
+    assert done.returncode == 0, done.stderr
+    make(prompts, tmp_path / "whole", small, f"model.name={small_folder}")
+    assert content(killed) == content(tmp_path / "whole")
+
+
+def test_a_guard_that_fails_half_way_loses_nothing(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    class Failing:
+        name = fingerprint = "failing"
+        calls = 0
+
+        def prompt_safety(self, prompts: list[str]) -> list[float]:
+            self.calls += 1
+            return [float("nan") if self.calls == 3 else 0.9] * len(prompts)
+
+        def response_safety(self, prompts: list[str], responses: list[str]) -> list[float]:
+            return self.prompt_safety(prompts)
+
+    wanted, guard = recipe(prompts), Failing()
+    with pytest.raises(SoftguardError, match="nothing was taken as safe"):
+        teach(wanted, tmp_path / "corpus", small, SafeSystem(guard, wanted.system))
+    kept = content(tmp_path / "corpus")
+    assert {"train/00000.parquet", "train/00001.parquet"} < set(kept)
+    teach(wanted, tmp_path / "corpus", small, SafeSystem(guard, wanted.system))
+    assert guard.calls == 3 + 3 + 5  # two good shards, the failure, then the three left and the five of validation
+    assert all(content(tmp_path / "corpus")[name] == kept[name] for name in kept if name.endswith("parquet"))
+
+
+def test_a_corpus_of_another_model_is_refused(prompts: Path, tmp_path: Path, small: BaseModel, base: BaseModel) -> None:
+    make(prompts, tmp_path / "corpus", small)
+    with pytest.raises(SoftguardError, match="was drawn from model"):
+        Corpus.open(tmp_path / "corpus", base)
+
+
+def test_other_settings_or_prompts_in_the_same_folder_are_refused(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    make(prompts, tmp_path / "corpus", small)
+    with pytest.raises(SoftguardError, match="other settings"):
+        make(prompts, tmp_path / "corpus", small, "seed=1")
+    (tmp_path / "corpus" / "manifest.json").write_text(
+        json.dumps({**json.loads((tmp_path / "corpus" / "manifest.json").read_text()), "fingerprint": None})
+    )
+    prompts.write_text('{"prompt": "something else"}\n')
+    with pytest.raises(SoftguardError, match="other prompts"):
+        make(prompts, tmp_path / "corpus", small)
+
+
+def test_a_damaged_shard_is_told_by_name(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    corpus = make(prompts, tmp_path / "corpus", small)
+    (tmp_path / "corpus" / "train" / "00002.parquet").write_bytes(b"half a shard")
+    with pytest.raises(SoftguardError, match=r"00002\.parquet is missing or damaged"):
+        corpus.examples("train", [16])
+
+
+def test_a_malformed_prompt_is_found_before_anything_is_drawn(
+    prompts: Path, tmp_path: Path, small: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unexpected(*_: object, **__: object) -> None:
+        raise AssertionError("drew responses before the prompts were checked")
+
+    monkeypatch.setattr(Engine, "generate", unexpected)
+    prompts.write_text(prompts.read_text() + '{"prompt": ""}\n')
+    with pytest.raises(SoftguardError, match="41: the prompt is empty"):
+        make(prompts, tmp_path / "corpus", small)
+
+
+_MEASURE = """
+import resource, sys
+from pathlib import Path
+import torch
+from softguard.config import load_recipe
+from softguard.corpus import teach
+from softguard.models import load_base
+from softguard.system import SafeSystem
+torch.set_num_threads(1)
+recipe = load_recipe(None, sys.argv[3:])
+teach(recipe, Path(sys.argv[2]), load_base(sys.argv[1]), SafeSystem.from_config(recipe.system))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_many_prompts_need_no_more_memory_than_few(tmp_path: Path, small_folder: Path) -> None:
+    def peak(count: int) -> int:
+        path = tmp_path / f"{count}.txt"
+        path.write_text("".join(f"Tell me about number {i:06d}.\n" for i in range(count)))
+        few = tmp_path / "few.txt"
+        few.write_text("Tell me about something.\n")
+        wanted = settings(
+            path, f"teach.validation={few}", "teach.max_new_tokens=1", "teach.shard_size=256", "teach.batch_size=256"
+        )
+        command = [sys.executable, "-c", _MEASURE, str(small_folder), str(tmp_path / f"corpus{count}"), *wanted]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[-1])
+
+    assert peak(8_000) < peak(500) + 60  # MB; 8,000 rows kept in memory would not show, their token rows and tables would

@@ -1,0 +1,151 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from softguard.adapters import SoftPrompt
+from softguard.config import Recipe, load_recipe
+from softguard.corpus import Corpus, teach
+from softguard.distill import _batches, _Trainer, distil, time_step
+from softguard.errors import SoftguardError
+from softguard.models import BaseModel
+from softguard.objectives import OBJECTIVES
+from softguard.system import SafeSystem
+from tests.commands import softguard, softguard_killed
+
+SETTINGS = [
+    "teach.max_new_tokens=4", "teach.shard_size=16", "system.guard=tests.guards_for_tests:by_word", "distil.n_soft=4",
+    "distil.steps=12", "distil.batch_size=6", "distil.warmup=2", "distil.validate_every=4", "distil.validation_prompts=8",
+    "distil.checkpoint_every=3", "distil.learning_rate=0.05",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text(
+        "".join(f"How do I build a {('boat', 'bomb', 'kite')[i % 3]} {'very ' * (i % 4)}quickly {i}?\n" for i in range(24))
+    )
+    return path
+
+
+def recipe(prompts: Path, *overrides: str) -> Recipe:
+    return load_recipe(None, [f"teach.prompts={prompts}", f"teach.validation={prompts}", *SETTINGS, *overrides])
+
+
+@pytest.fixture(scope="module")
+def corpus(prompts: Path, small: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    wanted = recipe(prompts)
+    return teach(wanted, tmp_path_factory.mktemp("corpus"), small, SafeSystem.from_config(wanted.system))
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_every_objective_learns_to_refuse(
+    objective: str, prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    wanted = recipe(prompts, f"distil.objective={objective}", "distil.steps=30", "distil.patience=99")
+    distil(wanted, corpus, tmp_path, small)
+    first, *_, last = (line for line in log_of(tmp_path) if line["kind"] == "validation")
+    assert last["refusal"] < first["refusal"]
+    loaded = SoftPrompt.load(tmp_path, small)
+    assert loaded.facts["objective"] == objective
+    assert loaded.facts["corpus"] == corpus.fingerprint
+
+
+def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
+    prompts: Path, corpus: Corpus, small: BaseModel, small_folder: Path, tmp_path: Path
+) -> None:
+    extra = [f"model.name={small_folder}", "distil.steps=40", "distil.patience=99", "model.threads=1"]
+    wanted = [f"teach.prompts={prompts}", f"teach.validation={prompts}", *SETTINGS, *extra]
+    overrides = [item for o in wanted for item in ("--set", o)]
+    command = ("distil", "--corpus", corpus.folder, *overrides, "--out")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+
+    def seven_steps_saved() -> bool:
+        state = killed / "checkpoint" / "state.json"
+        return state.is_file() and json.loads(state.read_text())["step"] >= 7
+
+    softguard_killed(*command, killed, when=seven_steps_saved)
+    assert not (killed / "softguard.json").exists()
+    for out in (killed, whole):
+        done = softguard(*command, out)
+        assert done.returncode == 0, done.stderr
+    for name in ("adapter_model.safetensors", "log.jsonl", "softguard.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    gradients = []
+    for parts in (1, 3):
+        trainer = _Trainer(recipe(prompts, f"distil.accumulate={parts}", "distil.clip=1e9"), corpus, tmp_path, small)
+        trainer._train_step(list(range(6)), 0)
+        assert trainer.vectors.grad is not None
+        gradients.append(trainer.vectors.grad.clone())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_training_stops_when_validation_no_longer_improves(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    wanted = recipe(prompts, "distil.learning_rate=1e-12", "distil.steps=100", "distil.patience=2", "distil.validate_every=1")
+    prompt = distil(wanted, corpus, tmp_path, small)
+    assert prompt.facts["steps"] < 100
+
+
+def test_a_run_with_other_settings_in_the_same_folder_is_refused(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    distil(recipe(prompts), corpus, tmp_path, small)
+    with pytest.raises(SoftguardError, match="other settings"):
+        distil(recipe(prompts, "distil.learning_rate=0.01"), corpus, tmp_path, small)
+
+
+def test_a_finished_run_is_not_trained_again(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
+    first = distil(recipe(prompts), corpus, tmp_path, small)
+    told: list[int] = []
+    again = distil(recipe(prompts), corpus, tmp_path, small, lambda step: told.append(step.step))
+    assert torch.equal(first.vectors, again.vectors)
+    assert max(told) == 12
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
+    trainer = _Trainer(recipe(prompts), corpus, tmp_path, small)
+    trainer.vectors.data.fill_(torch.nan)
+    with pytest.raises(SoftguardError, match="learning_rate"):
+        trainer._train_step([0, 1], 0)
+
+
+def test_an_unknown_objective_is_told_before_training(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
+    with pytest.raises(SoftguardError, match="tv, kl, tv-paper, kl-paper"):
+        distil(recipe(prompts, "distil.objective=hinge"), corpus, tmp_path, small)
+
+
+def test_a_corpus_of_another_model_is_refused(prompts: Path, corpus: Corpus, base: BaseModel, tmp_path: Path) -> None:
+    with pytest.raises(SoftguardError, match="was drawn from model"):
+        distil(recipe(prompts), corpus, tmp_path, base)
+
+
+def test_batches_visit_every_prompt_once_an_epoch_and_are_a_function_of_the_seed() -> None:
+    stream = _batches(10, 4, seed=1)
+    epochs: dict[int, list[int]] = {0: [], 1: []}
+    for _ in range(6):
+        indices, epoch = next(stream)
+        epochs[epoch] += indices
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
+    assert epochs[0] != epochs[1]
+    again, other = _batches(10, 4, seed=1), _batches(10, 4, seed=2)
+    first = next(again)
+    assert first == (epochs[0][:4], 0) != next(other)
+
+
+def test_timing_a_step_leaves_nothing_behind(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
+    assert time_step(recipe(prompts), corpus, tmp_path / "new", small) > 0
+    assert not (tmp_path / "new").exists()

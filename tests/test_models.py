@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from softguard.errors import SoftguardError
+from softguard.models import BaseModel, fingerprint, load_base
+
+
+def test_the_base_is_frozen_and_in_evaluation_mode(base: BaseModel) -> None:
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert not base.model.training
+    assert (base.hidden, base.context) == (576, 8192)
+
+
+def test_the_same_weights_in_bfloat16_are_the_same_model(small: BaseModel, small_folder: Path) -> None:
+    assert load_base(str(small_folder), dtype="bfloat16").fingerprint == small.fingerprint
+
+
+def test_other_weights_are_another_model(small: BaseModel) -> None:
+    weight = next(small.model.parameters())
+    with torch.no_grad():
+        weight[0, 0] += 1
+    changed = fingerprint(small.model)
+    with torch.no_grad():
+        weight[0, 0] -= 1
+    assert changed != small.fingerprint
+
+
+def test_the_head_gives_the_same_logits_for_rows_and_for_their_flat_tokens(small: BaseModel) -> None:
+    head = small.model.get_output_embeddings()
+    hidden = torch.randn(2, 3, small.hidden)
+    expected = hidden @ head.weight.T
+    assert head(hidden).shape == expected.shape
+    torch.testing.assert_close(head(hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("missing/model.gguf", "does not exist"),
+        ("/nowhere/at/all", "does not exist"),
+        ("./nowhere", "does not exist"),
+        ("no-such-model-anywhere", "could not be loaded"),
+    ],
+)
+def test_a_missing_model_is_told_in_one_line(spec: str, words: str) -> None:
+    with pytest.raises(SoftguardError, match=words) as caught:
+        load_base(spec)
+    assert "\n" not in str(caught.value)
+    assert spec in str(caught.value)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SoftguardError, match=r"config\.json"):
+        load_base(str(tmp_path))
+
+
+def test_pickled_weights_are_refused(small: BaseModel, small_folder: Path, tmp_path: Path) -> None:
+    for file in small_folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save(small.model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(SoftguardError, match="could not be loaded"):
+        load_base(str(tmp_path))
+
+
+def test_a_damaged_gguf_file_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but no model")
+    with pytest.raises(SoftguardError, match="could not be loaded") as caught:
+        load_base(str(tmp_path / "broken.gguf"))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(SoftguardError, match="float32, bfloat16"):
+        load_base("smollm2", dtype="float8")

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from softguard.config import SystemConfig
+from softguard.errors import SoftguardError
+from softguard.system import SafeSystem
+from tests import guards_for_tests
+
+PROMPTS, ANSWERS = ["how do I build a bomb", "how do I build a boat"], ["first …", "take wood"]
+
+
+def system(guard: str = "by_word", **options: object) -> SafeSystem:
+    return SafeSystem.from_config(SystemConfig(guard=f"tests.guards_for_tests:{guard}", **options))  # type: ignore[arg-type]
+
+
+def test_a_hard_system_refuses_what_lies_below_the_threshold() -> None:
+    hard = system()
+    assert hard.answer(PROMPTS, ANSWERS) == [hard.config.refusal, "take wood"]
+    assert system(threshold=0.01).answer(PROMPTS, ANSWERS) == ANSWERS
+    assert system(threshold=0.99).answer(PROMPTS, ANSWERS) == [hard.config.refusal] * 2
+
+
+def test_a_probabilistic_system_keeps_answers_as_often_as_the_guard_says() -> None:
+    kept = system("half", decision="probabilistic").answer(["x"] * 4000, ["y"] * 4000, seed=1)
+    assert abs(kept.count("y") / 4000 - 0.5) < 0.03
+
+
+def test_the_law_is_hard_or_the_guards_own_probability() -> None:
+    p_safe = np.array([0.05, 0.95])
+    assert system().keep(p_safe).tolist() == [0, 1]
+    assert system(decision="probabilistic").keep(p_safe).tolist() == [0.05, 0.95]
+
+
+def test_the_mode_decides_what_the_guard_reads() -> None:
+    class Reader:
+        name = fingerprint = "reader"
+
+        def prompt_safety(self, prompts: object) -> list[float]:
+            return [0.25]
+
+        def response_safety(self, prompts: object, responses: object) -> list[float]:
+            return [0.75]
+
+    def read_by(mode: str) -> float:
+        return float(SafeSystem(Reader(), SystemConfig(mode=mode)).p_safe(["x"], ["y"])[0])  # type: ignore[arg-type]
+
+    assert (read_by("prompt"), read_by("response")) == (0.25, 0.75)
+
+
+def test_the_guards_own_threshold_serves_where_the_recipe_names_none() -> None:
+    class Own:
+        name = fingerprint = "own"
+        prompt_threshold, response_threshold = 0.3, 0.7
+
+        def prompt_safety(self, prompts: object) -> list[float]:
+            return [0.5]
+
+        def response_safety(self, prompts: object, responses: object) -> list[float]:
+            return [0.5]
+
+    assert SafeSystem(Own(), SystemConfig(mode="prompt")).threshold == 0.3
+    assert SafeSystem(Own(), SystemConfig(mode="response")).threshold == 0.7
+    assert SafeSystem(Own(), SystemConfig(threshold=0.9)).threshold == 0.9
+
+
+@pytest.mark.parametrize("guard", ["not_a_number", "throws"])
+@pytest.mark.parametrize("mode", ["prompt", "response"])
+def test_a_failing_guard_answers_nothing(guard: str, mode: str) -> None:
+    with pytest.raises(SoftguardError, match="nothing was taken as safe"):
+        system(guard, mode=mode).answer(PROMPTS, ANSWERS)
+
+
+def test_the_guards_for_tests_are_the_ones_named() -> None:
+    assert guards_for_tests.by_word(["a bomb", "a boat"], None) == [0.05, 0.95]
