@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ class TeachConfig:
 
     prompts: str = "packaged:train"  # a file (JSONL, CSV, text, Parquet), "packaged:SPLIT" or "hub:DATASET[:SPLIT]"
     validation: str = "packaged:validation"
-    limit: int = 0  # prompts of each of the two sets at most; 0 takes all
+    limit: int = 0  # prompts at most; 0 takes all
+    validation_limit: int = 0  # of the validation prompts, likewise
     responses: int = 1  # K, drawn for every prompt
     max_new_tokens: int = 16
     temperature: float = 1.0  # 1 draws from the base's own law, which the objectives assume; 0 is greedy
@@ -117,16 +119,16 @@ class Recipe:
             "evaluate.batch_size": self.evaluate.batch_size,
         }  # fmt: skip
         for key, value in positive.items():
-            if not value > 0:
-                raise SoftguardError(f"{key} is {value}; it must be greater than 0")
+            if not 0 < value < math.inf:
+                raise SoftguardError(f"{key} is {value}; it must be greater than 0 and finite")
         not_negative = {
             "teach.temperature": t.temperature, "teach.limit": t.limit, "evaluate.limit": self.evaluate.limit,
             "distil.warmup": d.warmup, "distil.safe_weight": d.safe_weight, "distil.refusal_weight": d.refusal_weight,
-            "model.threads": self.model.threads,
+            "model.threads": self.model.threads, "seed": self.seed, "teach.validation_limit": t.validation_limit,
         }  # fmt: skip
         for key, value in not_negative.items():
-            if not value >= 0:
-                raise SoftguardError(f"{key} is {value}; it must not be negative")
+            if not 0 <= value < math.inf:
+                raise SoftguardError(f"{key} is {value}; it must not be negative or infinite")
         if d.accumulate > d.batch_size:
             raise SoftguardError(f"distil.accumulate is {d.accumulate}; it must not exceed distil.batch_size {d.batch_size}")
         if self.system.threshold is not None and not 0 <= self.system.threshold <= 1:
@@ -150,7 +152,7 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
             raise SoftguardError(f"recipe {path} cannot be read ({error.strerror}); check the path") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise SoftguardError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(loaded or {}, dict):
+        if loaded is not None and not isinstance(loaded, dict):
             raise SoftguardError(f"recipe {path} must be a mapping of sections, not {type(loaded).__name__}")
         values = loaded or {}
     for override in overrides:

@@ -27,7 +27,6 @@ from softguard.prompts import Prompt, read_prompts
 from softguard.system import SafeSystem
 
 VERSION = 1
-SPLITS = ("train", "validation")
 _ROW_GROUP = 32  # prompts; what reading one example costs
 _SCHEMA = pa.schema(
     [
@@ -161,9 +160,10 @@ def teach(
             return Corpus.open(out, base)
     else:
         write_json(out / "manifest.json", {**teacher, "fingerprint": None})
-    sources = dict(zip(SPLITS, (recipe.teach.prompts, recipe.teach.validation), strict=True))
+    wanted = recipe.teach
+    sources = {"train": (wanted.prompts, wanted.limit), "validation": (wanted.validation, wanted.validation_limit)}
     # A first pass over all prompts finds a malformed row before hours are spent, and tells how long it will take.
-    totals = {split: sum(1 for _ in read_prompts(source, recipe.teach.limit)) for split, source in sources.items()}
+    totals = {split: sum(1 for _ in read_prompts(*source)) for split, source in sources.items()}
     engine = Engine(base, chat)
     shards: dict[str, list[str]] = {}
     prompts: dict[str, int] = {}
@@ -172,7 +172,7 @@ def teach(
         def told(done: int, split: str = split) -> None:
             progress(f"teach {split}", done, totals[split])
 
-        made = list(_draw_split(recipe, source, out / split, engine, system, told))
+        made = list(_draw_split(recipe, *source, out / split, engine, system, told))
         shards[split], prompts[split] = [shard.digest for shard in made], sum(shard.prompts for shard in made)
     identity = fingerprint(teacher["settings"], shards)
     write_json(out / "manifest.json", {**teacher, "fingerprint": identity, "prompts": prompts, "shards": shards})
@@ -185,10 +185,10 @@ class _Shard(NamedTuple):
 
 
 def _draw_split(
-    recipe: Recipe, source: str, folder: Path, engine: Engine, system: SafeSystem, progress: Callable[[int], None]
+    recipe: Recipe, source: str, limit: int, folder: Path, engine: Engine, system: SafeSystem, progress: Callable[[int], None]
 ) -> Iterator[_Shard]:
     """Make the split's missing shards and yield them all."""
-    prompts = read_prompts(source, recipe.teach.limit)
+    prompts = read_prompts(source, limit)
     number = 0
     while shard := list(islice(prompts, recipe.teach.shard_size)):
         path = folder / f"{number:05d}.parquet"

@@ -25,7 +25,8 @@ def demo_plan(recipe: Recipe) -> str:
     """What the demo would do."""
     return (
         f"demo: teach on {recipe.teach.limit or 'all'} prompts of {recipe.teach.prompts}, distil {recipe.distil.steps} steps, "
-        f"evaluate {', '.join(recipe.evaluate.suites)} on {recipe.evaluate.limit or 'all'} test prompts each; at most 10 minutes on two cores"
+        f"evaluate {', '.join(recipe.evaluate.suites)} on {recipe.evaluate.limit or 'all'} test prompts "
+        "each; at most 10 minutes on two cores"
     )
 
 

@@ -25,6 +25,7 @@ from softguard.files import read_json, write_file, write_json, write_text
 from softguard.models import BaseModel
 from softguard.objectives import Batch, Losses, find_objective
 from softguard.prefix import continuation_logits, run_prefix
+from softguard.prompts import thin
 
 _NO_WEIGHT = 1e-3  # branches the system takes less often than this are left out
 
@@ -147,9 +148,8 @@ class _Trainer:
 
     @torch.no_grad()
     def _validate(self) -> Step:
-        count = self.corpus.size("validation")
-        take = min(count, self.config.validation_prompts)
-        indices = [i * count // take for i in range(take)]
+        indices = thin(list(range(self.corpus.size("validation"))), self.config.validation_prompts)
+        take = len(indices)
         prefix = run_prefix(self.base, self.chat, self.vectors)
         parts = []
         for start in range(0, take, self.config.batch_size):

@@ -17,7 +17,8 @@ def token_tv(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def token_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Forward KL(p‖q) of next-token laws in nats: (..., vocabulary) log-probabilities to (...) ≥ 0."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    terms = log_p.exp() * (log_p - log_q)
+    return torch.where(log_p == -torch.inf, 0.0, terms).sum(-1)  # 0·log 0 = 0, also where the student forbids the token too
 
 
 def selected(log_probs: Tensor, ids: Tensor) -> Tensor:
@@ -52,7 +53,10 @@ def system_tv(p_safe: Tensor, log_ratio: Tensor, refusal_rate: Tensor, log_q_ref
 
 
 def system_hinge(p_safe: Tensor, log_ratio: Tensor, refusal_rate: Tensor, log_q_refusal: Tensor) -> Tensor:
-    """Log-hinge bound on `system_tv`: E_{y~p}[α·(log α − log ρ)₊] + U·(log U − log q(y_r))₊; same arguments."""
+    """Log-hinge bound on `system_tv`: E_{y~p}[α·(log α − log ρ)₊] + U·(log U − log q(y_r))₊; same arguments.
+
+    α and U are clamped to `P_SAFE_RANGE`, so it is a bound up to 1e-4 a branch.
+    """
     low, high = P_SAFE_RANGE
     alpha, rate = p_safe.clamp(low, high), refusal_rate.clamp(low, high)
     return (alpha * log_hinge(alpha.log(), log_ratio)).mean() + rate * log_hinge(rate.log(), log_q_refusal)
@@ -60,4 +64,5 @@ def system_hinge(p_safe: Tensor, log_ratio: Tensor, refusal_rate: Tensor, log_q_
 
 def tv_bound_from_kl(kl: Tensor) -> Tensor:
     """The smaller of Pinsker's √(KL/2) and Bretagnolle–Huber's √(1 − e^−KL), upper bounds on the TV; (...) to (...)."""
+    kl = kl.clamp(min=0)  # rounding brings the KL of equal laws below zero
     return torch.minimum((kl / 2).sqrt(), (-torch.expm1(-kl)).sqrt())

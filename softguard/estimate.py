@@ -18,7 +18,8 @@ _SAMPLE = 16  # prompts
 
 def teach_plan(recipe: Recipe, base: BaseModel) -> str:
     """What `teach` would draw and roughly how long it would take. Reads, and so checks, all prompts."""
-    texts = {s: [p.text for p in read_prompts(s, recipe.teach.limit)] for s in (recipe.teach.prompts, recipe.teach.validation)}
+    wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
+    texts = {source: [prompt.text for prompt in read_prompts(source, limit)] for source, limit in wanted}
     count = sum(map(len, texts.values())) * recipe.teach.responses
     seconds = _generation(base, [t for part in texts.values() for t in part], recipe.teach.max_new_tokens) * count
     parts = " and ".join(f"{len(part):,} prompts of {source}" for source, part in texts.items())
@@ -34,7 +35,8 @@ def distil_plan(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
         seconds = time_step(recipe, corpus, Path(folder), base) * recipe.distil.steps
     return (
         f"distil: {recipe.distil.steps} steps of {recipe.distil.batch_size} prompts from a corpus of "
-        f"{corpus.size('train'):,}, objective {recipe.distil.objective}, {recipe.distil.n_soft} vectors in slot {recipe.distil.slot}; about {_minutes(seconds)}"
+        f"{corpus.size('train'):,}, objective {recipe.distil.objective}, {recipe.distil.n_soft} vectors in slot "
+        f"{recipe.distil.slot}; about {_minutes(seconds)}"
     )
 
 

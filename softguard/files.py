@@ -1,5 +1,6 @@
 """Artefacts are written beside their place and renamed into it, so that none is ever half there."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -21,8 +22,11 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         with open(beside, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise SoftguardError(
             f"{path} could not be written ({error.strerror or error}); free space or choose another folder"
         ) from error

@@ -51,7 +51,7 @@ Objective = Callable[[Batch, Length], Losses]
 def tv(batch: Batch, length: Length) -> Losses:
     """Dense total variation to the system, with log-hinges where total variation alone cannot move (METHOD §3).
 
-    safe branch: TV(P(·|∅), q(·|∅)) + Σ_{t>1} α·TV(p_t, q_t) + α·(log α − log(1 − q(r₁)))₊
+    safe branch: TV(P(·|∅), q(·|∅)) + Σ_{t>1} α·TV(p_t, q_t) + α·(log(1 − P(r₁|∅)) − log(1 − q(r₁)))₊
     refusal branch: U·(log U − log q(y_r))₊
 
     P(·|∅) = (1 − U)·p + U·1[r₁] is the system's law of the first token and r₁ the refusal's first token. TV is flat both
@@ -63,9 +63,9 @@ def tv(batch: Batch, length: Length) -> Losses:
         refusal_mixture(batch.teacher[:, 0], batch.first_rate, batch.refusal_token.expand(len(batch.p_safe))),
         batch.student[:, 0],
     )
-    alpha = _clamped(batch.p_safe)
+    answers = (1 - batch.first_rate).clamp(min=P_SAFE_RANGE[0]).log() + _log_answers(batch.teacher, batch)
     later = _over_tokens(tokens[:, 1:], batch.mask[:, 1:], length)
-    safe = first + batch.p_safe * later + batch.p_safe * log_hinge(alpha.log(), _log_answers(batch))
+    safe = first + batch.p_safe * later + batch.p_safe * log_hinge(answers, _log_answers(batch.student, batch))
     rate = _clamped(batch.refusal_rate)
     refusal = batch.refusal_rate * log_hinge(rate.log(), batch.refusal.sum(-1))
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
@@ -117,9 +117,9 @@ def _clamped(probability: Tensor) -> Tensor:
     return probability.clamp(*P_SAFE_RANGE)
 
 
-def _log_answers(batch: Batch) -> Tensor:
-    """log(1 − q(r₁)), (S,): the student's log-probability of not beginning with the refusal's first token."""
-    others = batch.student[:, 0].index_fill(-1, batch.refusal_token.reshape(1), -torch.inf)
+def _log_answers(log_probs: Tensor, batch: Batch) -> Tensor:
+    """log(1 − q(r₁)), (S,): the log-probability of not beginning with the refusal's first token."""
+    others = log_probs[:, 0].index_fill(-1, batch.refusal_token.reshape(1), -torch.inf)
     return others.logsumexp(-1)
 
 

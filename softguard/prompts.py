@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from softguard.errors import SoftguardError
 
 PACKAGED = "packaged"
@@ -54,12 +56,16 @@ def read_rows(source: str, limit: int = 0) -> Iterator[tuple[str, dict[str, Any]
     else:
         rows = _file(Path(source))
     for where, row in rows:
-        text, label = row.get("prompt"), row.get("label") or ""
+        text, label = row.get("prompt"), row.get("label")
         if not isinstance(text, str):
             raise SoftguardError(f"{where}: field 'prompt' is {'missing' if text is None else 'not text'}; every row needs one")
         if not text.strip():
             raise SoftguardError(f"{where}: the prompt is empty; remove the row or fill it in")
-        if label not in ("", "harmful", "benign"):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise SoftguardError(f"{where}: field 'prompt' holds half a character (a lone surrogate); mend the text") from error
+        if label not in (None, "", "harmful", "benign"):
             raise SoftguardError(f"{where}: label {label!r} is unknown; use harmful, benign or none")
         yield where, dict(row)
 
@@ -70,10 +76,14 @@ def packaged_suite(suite: str, split: str) -> list[Prompt]:
 
 
 def thin(items: list[T], limit: int) -> list[T]:
-    """`limit` items spread evenly over the list; all of them if `limit` is 0 or no smaller."""
+    """`limit` items spread evenly, always the same ones, in their order; all of them if `limit` is 0 or no smaller.
+
+    One at random from each of `limit` equal parts: a fixed stride would fall in step with lists whose kinds take turns.
+    """
     if not limit or limit >= len(items):
         return items
-    return [items[i * len(items) // limit] for i in range(limit)]
+    rng = np.random.default_rng(0)
+    return [items[rng.integers(i * len(items) // limit, (i + 1) * len(items) // limit)] for i in range(limit)]
 
 
 def _packaged(source: str, limit: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -81,7 +91,15 @@ def _packaged(source: str, limit: int) -> Iterator[tuple[str, Mapping[str, Any]]
     if split not in ("train", "validation", "test"):
         raise SoftguardError(f"{source!r}: split {split!r} is unknown; use packaged:train, :validation or :test")
     path = Path(str(resources.files("softguard") / "data" / "prompts.jsonl"))
-    return iter(thin([(where, row) for where, row in _file(path) if row["split"] == split], limit))
+    rows = [(where, row) for where, row in _file(path) if row["split"] == split]
+    if not limit or limit >= len(rows):
+        return iter(rows)
+    # Every suite apart, so that each keeps its proportion; what rounding leaves over goes to the first.
+    suites = {suite: [r for r in rows if r[1]["suite"] == suite] for suite in dict.fromkeys(r[1]["suite"] for r in rows)}
+    shares = {suite: limit * len(own) // len(rows) for suite, own in suites.items()}
+    shares[next(iter(shares))] += limit - sum(shares.values())
+    kept = {where for suite, own in suites.items() if shares[suite] for where, _ in thin(own, shares[suite])}
+    return iter([r for r in rows if r[0] in kept])
 
 
 def _file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -95,9 +113,18 @@ def _file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         yield from readers[path.suffix](path)
     except UnicodeDecodeError as error:
-        raise SoftguardError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+        raise SoftguardError(f"{path} is not UTF-8 text (byte {_first_bad_byte(path)}); convert it") from error
     except OSError as error:
         raise SoftguardError(f"{path} cannot be read: {error}") from error
+
+
+def _first_bad_byte(path: Path) -> int:
+    """Its place in the file; a reader only knows the place in its buffer."""
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return -1
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -115,7 +142,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:  # spreadsheets begin their files with a mark
         reader = csv.DictReader(lines)
         try:
             for row in reader:

@@ -1,11 +1,14 @@
 """Intervals for what is measured; SciPy does the mathematics."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 CONFIDENCE = 0.95
+_RESAMPLES = 10_000
+
+Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 
 
 class Estimate(NamedTuple):
@@ -28,12 +31,11 @@ def share(hits: Sequence[bool]) -> Estimate:
 
 
 def mean(values: Sequence[float], seed: int = 0) -> Estimate:
-    """Mean over prompts with a percentile bootstrap interval (10,000 resamples)."""
+    """Mean over prompts with a percentile bootstrap interval. Raises ValueError if there is nothing to average."""
     if not len(values):
         raise ValueError("no prompts to average")
-    array = np.asarray(values, dtype=np.float64)
-    means = array[_resamples(len(array), seed)].mean(axis=1)
-    return Estimate(float(array.mean()), *_ends(means), len(array))
+    array = np.asarray([values], dtype=np.float64)
+    return Estimate(float(array.mean()), *_ends(_resampled_means(array, seed)[0]), array.shape[1])
 
 
 def gap_closed(base: Sequence[bool], system: Sequence[bool], student: Sequence[bool], seed: int = 0) -> Estimate | None:
@@ -46,17 +48,20 @@ def gap_closed(base: Sequence[bool], system: Sequence[bool], student: Sequence[b
     whole = columns.mean(axis=1)
     if whole[1] <= whole[0]:
         return None
-    means = columns[:, _resamples(columns.shape[1], seed)].mean(axis=2)
+    means = _resampled_means(columns, seed)
     gap = means[1] - means[0]
     closed = (means[2] - means[0])[gap > 0] / gap[gap > 0]
     return Estimate(float((whole[2] - whole[0]) / (whole[1] - whole[0])), *_ends(closed), columns.shape[1])
 
 
-def _resamples(n: int, seed: int, count: int = 10_000) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    return np.random.default_rng(seed).integers(0, n, size=(count, n))
+def _resampled_means(columns: Matrix, seed: int) -> Matrix:
+    """(columns, resamples) means of (columns, n) values, all columns resampled together; a hundred resamples at a time."""
+    rng, n = np.random.default_rng(seed), columns.shape[1]
+    parts = [columns[:, rng.integers(0, n, size=(100, n))].mean(axis=2) for _ in range(_RESAMPLES // 100)]
+    return np.concatenate(parts, axis=1)
 
 
-def _ends(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
+def _ends(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)

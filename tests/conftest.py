@@ -5,12 +5,12 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it; tests ask no network
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from softguard.chat import Chat  # noqa: E402
-from softguard.models import BaseModel, load_base  # noqa: E402
+from softguard.chat import Chat
+from softguard.models import BaseModel, load_base
 
 
 @pytest.fixture(scope="session")

@@ -210,7 +210,7 @@ def test_thinned_lists_are_spread_evenly(size: int, limit: int) -> None:
         assert kept == list(range(size))
     else:
         assert len(kept) == limit
-        assert all(abs(place - i * size / limit) < 1 for i, place in enumerate(kept))
+        assert all(i * size // limit <= place < (i + 1) * size // limit for i, place in enumerate(kept))
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

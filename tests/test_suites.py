@@ -1,7 +1,6 @@
 """Suites: what they hold, what they measure, and what is said of unusable ones."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,9 +43,8 @@ def test_limit_takes_prompts_from_all_over_a_suite(limit: int) -> None:
     (some,) = load_suites(["harmful"], "test", limit)
     assert len(some.prompts) == limit
     places = [whole.prompts.index(prompt) for prompt in some.prompts]
-    steps = {b - a for a, b in pairwise(places)}
-    assert places[0] == 0
-    assert all(abs(step - len(whole.prompts) / limit) < 1 for step in steps)
+    size = len(whole.prompts)
+    assert all(i * size // limit <= place < (i + 1) * size // limit for i, place in enumerate(places))
 
 
 def test_limited_drift_keeps_the_proportion_of_its_sources() -> None:
@@ -76,17 +74,18 @@ def test_labelled_file_with_one_label_makes_one_suite(tmp_path: Path) -> None:
 def test_limit_of_a_labelled_file_is_spread_over_each_label(tmp_path: Path) -> None:
     rows = [{"prompt": f"prompt {i}", "label": "harmful" if i < 30 else "benign"} for i in range(100)]
     harmful, benign = load_suites([write_rows(tmp_path / "mine.jsonl", rows)], "test", 5)
-    assert harmful.prompts == tuple(f"prompt {i}" for i in range(0, 30, 6))
-    assert benign.prompts == tuple(f"prompt {i}" for i in range(30, 100, 14))
+    places = [[int(prompt.split()[1]) for prompt in suite.prompts] for suite in (harmful, benign)]
+    assert [place // 6 for place in places[0]] == [0, 1, 2, 3, 4]
+    assert [(place - 30) // 14 for place in places[1]] == [0, 1, 2, 3, 4]
 
 
-def test_files_of_one_name_make_suites_of_different_names(tmp_path: Path) -> None:
+def test_files_of_one_name_are_refused(tmp_path: Path) -> None:
     sources = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         sources.append(write_rows(tmp_path / folder / "mine.jsonl", [{"prompt": folder, "label": "benign"}]))
-    names = [suite.name for suite in load_suites(sources, "test")]
-    assert len(set(names)) == 2  # results are told apart by the suite's name
+    with pytest.raises(SoftguardError, match="two suites are called mine-benign"):  # results are told apart by it
+        load_suites(sources, "test")
 
 
 def test_labels_are_needed(tmp_path: Path) -> None:

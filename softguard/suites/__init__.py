@@ -26,4 +26,11 @@ def load_suites(names: Sequence[str], split: str, limit: int = 0) -> list[Suite]
             suites += labelled.load(name, limit)
         else:
             raise SoftguardError(f"suite {name!r} is unknown; use {', '.join(packaged.SUITES)}, file:PATH or hub:DATASET")
+    names_seen: set[str] = set()
+    for suite in suites:
+        if suite.name in names_seen:
+            raise SoftguardError(
+                f"two suites are called {suite.name}; rename one of the files, so that their figures stay apart"
+            )
+        names_seen.add(suite.name)
     return suites
