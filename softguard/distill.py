@@ -7,6 +7,7 @@ the optimiser's whole state, so that a killed run goes on and ends with the weig
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -227,8 +228,10 @@ class _Trainer:
         current = self.optimiser.state_dict()
         current["state"] = {0: {k.removeprefix("adam."): v for k, v in tensors.items() if k.startswith("adam.")}}
         self.optimiser.load_state_dict(current)
-        for _ in range(self.step):  # the schedule is a function of the number of its steps
-            self.schedule.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "schedule stepped before optimiser": the optimiser's steps are in the checkpoint
+            for _ in range(self.step):  # the schedule is a function of the number of its steps
+                self.schedule.step()
         lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
         self.log = [line for line in lines if json.loads(line)["step"] <= self.step]
 

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,11 +81,11 @@ def test_a_guard_that_fails_half_way_loses_nothing(prompts: Path, tmp_path: Path
         name = fingerprint = "failing"
         calls = 0
 
-        def prompt_safety(self, prompts: list[str]) -> list[float]:
+        def prompt_safety(self, prompts: Sequence[str]) -> list[float]:
             self.calls += 1
             return [float("nan") if self.calls == 3 else 0.9] * len(prompts)
 
-        def response_safety(self, prompts: list[str], responses: list[str]) -> list[float]:
+        def response_safety(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
             return self.prompt_safety(prompts)
 
     wanted, guard = recipe(prompts), Failing()

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def corpus(prompts: Path, small: BaseModel, tmp_path_factory: pytest.TempPathFac
     return teach(wanted, tmp_path_factory.mktemp("corpus"), small, SafeSystem.from_config(wanted.system))
 
 
-def log_of(folder: Path) -> list[dict[str, float]]:
+def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 

@@ -17,6 +17,10 @@ def whole_row_logits(base: BaseModel, chat: Chat, soft: Tensor, prompt: str, res
     return base.model(inputs_embeds=embeddings).logits[0, -len(response) :]  # type: ignore[no-any-return]
 
 
+def loss(rows: list[Tensor]) -> Tensor:
+    return torch.cat([logits.log_softmax(-1)[:, 7] for logits in rows]).sum()
+
+
 @pytest.mark.parametrize("slot", ["start", "system"])
 def test_shared_prefix_gives_the_logits_and_gradients_of_whole_rows(small: BaseModel, slot: Slot) -> None:
     chat = Chat(small.tokenizer, slot, small.stop_ids)
@@ -30,8 +34,8 @@ def test_shared_prefix_gives_the_logits_and_gradients_of_whole_rows(small: BaseM
     expected = [whole_row_logits(small, chat, soft, p, r) for p, r in zip(PROMPTS, responses, strict=True)]
     for ours, theirs in zip(picked, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    (gradient,) = torch.autograd.grad(sum(p.log_softmax(-1)[:, 7].sum() for p in picked), soft)
-    (reference,) = torch.autograd.grad(sum(p.log_softmax(-1)[:, 7].sum() for p in expected), soft)
+    (gradient,) = torch.autograd.grad(loss(picked), soft)
+    (reference,) = torch.autograd.grad(loss(expected), soft)
     torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-4)
 
 
