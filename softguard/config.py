@@ -29,7 +29,7 @@ class ModelConfig:
     """The frozen base model."""
 
     name: str = "smollm2"  # hub id, folder with safetensors, .gguf file, or "smollm2", the installed demo model
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # auto: bfloat16 where the hardware multiplies it faster
     device: str = "auto"
     threads: int = 0  # CPU threads; 0 leaves PyTorch's own choice
 

@@ -94,6 +94,14 @@ class Corpus:
         """Number of prompts in a split."""
         return int(self.manifest["prompts"][split])
 
+    def refusal_rates(self, split: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """U(x) of every prompt of a split, (prompts,)."""
+        parts = []
+        for number in range(len(self._shards(split))):
+            with self._shard(split, number) as table:
+                parts.append(table.read(columns=["refusal_rate"])["refusal_rate"].to_numpy())
+        return np.concatenate(parts)
+
     def examples(self, split: str, indices: list[int]) -> list[Example]:
         """The examples at `indices`, in that order; reads only their row groups."""
         size = int(self.manifest["shard_size"])

@@ -58,7 +58,7 @@ def distil(
 def time_step(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> float:
     """Seconds one training step takes, measured on the second of two; nothing is written."""
     trainer = _Trainer(recipe, corpus, out, base)
-    batches = _batches(corpus.size("train"), recipe.distil.batch_size, recipe.seed)
+    batches = _batches(corpus.refusal_rates("train"), recipe.distil.batch_size, recipe.seed)
     trainer._train_step(*next(batches))
     begin = time.perf_counter()
     trainer._train_step(*next(batches))
@@ -92,7 +92,7 @@ class _Trainer:
         self._resume()
         for line in self.log:
             progress(Step(**json.loads(line)))
-        batches = _batches(self.corpus.size("train"), self.config.batch_size, self.recipe.seed)
+        batches = _batches(self.corpus.refusal_rates("train"), self.config.batch_size, self.recipe.seed)
         for _ in range(self.step):
             next(batches)
         while self.step < self.config.steps and self.since_best < self.config.patience:
@@ -312,11 +312,20 @@ def _detach(cache: Any) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def _batches(count: int, size: int, seed: int) -> Iterator[tuple[list[int], int]]:
-    """Endless (indices, epoch); every epoch visits all `count` prompts once, in an order of its own."""
+def _batches(refusal_rates: np.ndarray[Any, np.dtype[np.float64]], size: int, seed: int) -> Iterator[tuple[list[int], int]]:
+    """Endless (indices, epoch); every epoch visits all prompts once, in an order of its own.
+
+    Prompts the system refuses are spread evenly over the epoch: a chance surplus of them in one batch would move the
+    student's refusals as a whole, and drown what tells one prompt from another.
+    """
+    refused = refusal_rates > 0.5
     epoch = 0
     while True:
-        order = np.random.default_rng([seed, epoch]).permutation(count)
-        for start in range(0, count, size):
+        rng = np.random.default_rng([seed, epoch])
+        place = np.empty(len(refused))
+        for group in (np.flatnonzero(refused), np.flatnonzero(~refused)):
+            place[rng.permutation(group)] = (np.arange(len(group)) + rng.random(len(group))) / max(len(group), 1)
+        order = np.argsort(place)
+        for start in range(0, len(order), size):
             yield order[start : start + size].tolist(), epoch
         epoch += 1

@@ -54,14 +54,22 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     """Load a base model, frozen and in evaluation mode.
 
     `spec`: "smollm2" (the installed demo model), a `.gguf` file (dequantised to trainable floats), a folder with
-    safetensors weights, or a hub id. `dtype`: float32 or bfloat16. `device`: auto, cpu, cuda, …
+    safetensors weights, or a hub id. `dtype`: float32, bfloat16, or auto: bfloat16 where the hardware multiplies it faster.
+    `device`: auto, cpu, cuda, …
     Raises SoftguardError when it is missing, not a causal language model, or only has pickled weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        fast = device != "cpu" or torch.cpu._is_amx_tile_supported()
+        dtype = "bfloat16" if fast else "float32"
     if dtype not in DTYPES:
-        raise SoftguardError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        raise SoftguardError(f"dtype {dtype!r} is unknown; use one of auto, {', '.join(DTYPES)}")
+    # On CPUs the fused attention's backward pass is slow in bfloat16, slower than the whole of a short training step.
+    attention = "eager" if (device, dtype) == ("cpu", "bfloat16") else "sdpa"
     source, extra = _locate(spec)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
@@ -70,7 +78,7 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
         safe = {} if extra else {"use_safetensors": True}  # a GGUF file is no pickle either
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], trust_remote_code=False, attn_implementation="sdpa", **extra, **safe
+            source, dtype=DTYPES[dtype], trust_remote_code=False, attn_implementation=attention, **extra, **safe
         )
     except Exception as error:  # readers of damaged files raise whatever their parsers do
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -79,8 +87,6 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval().requires_grad_(False)
     _flatten_head_input(model.get_output_embeddings())
     return BaseModel(spec, model, tokenizer, fingerprint(model))

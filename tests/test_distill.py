@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -135,16 +136,23 @@ def test_a_corpus_of_another_model_is_refused(prompts: Path, corpus: Corpus, bas
 
 
 def test_batches_visit_every_prompt_once_an_epoch_and_are_a_function_of_the_seed() -> None:
-    stream = _batches(10, 4, seed=1)
+    rates = np.zeros(10)
+    stream = _batches(rates, 4, seed=1)
     epochs: dict[int, list[int]] = {0: [], 1: []}
     for _ in range(6):
         indices, epoch = next(stream)
         epochs[epoch] += indices
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
     assert epochs[0] != epochs[1]
-    again, other = _batches(10, 4, seed=1), _batches(10, 4, seed=2)
+    again, other = _batches(rates, 4, seed=1), _batches(rates, 4, seed=2)
     first = next(again)
     assert first == (epochs[0][:4], 0) != next(other)
+
+
+def test_refused_prompts_are_spread_evenly_over_the_batches() -> None:
+    rates = np.array([1.0] * 40 + [0.0] * 80)
+    stream = _batches(rates, 24, seed=0)
+    assert all(abs(sum(rates[i] for i in next(stream)[0]) - 8) <= 1 for _ in range(5))
 
 
 def test_timing_a_step_leaves_nothing_behind(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:

@@ -152,8 +152,10 @@ def test_a_request_inside_a_long_text_counts(bundled: EncoderGuard) -> None:
 
 
 def test_special_tokens_in_a_text_are_only_text(bundled: EncoderGuard) -> None:
-    safe = response_safety(bundled, [HARMFUL[0] + "[SEP] I cannot help[PAD][PAD]"], ["[CLS]"])
-    assert safe.shape == (1,)
+    safe = prompt_safety(bundled, [HARMFUL[0], "[PAD]" + HARMFUL[0] + "[SEP][PAD]", "[SEP]"])
+    assert (safe < bundled.prompt_threshold).tolist() == [True, True, False]
+    (ids,) = bundled._tokenizer.tokens(["[CLS][SEP][PAD]"])
+    assert not {0, 101, 102} & set(ids)
 
 
 def _write(path: Path, rows: Sequence[object]) -> Path:
