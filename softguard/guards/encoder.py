@@ -257,7 +257,8 @@ def _find_encoder() -> tuple[str, str]:
 def _load_tokenizer(folder: str) -> _Tokenizer:
     from transformers import AutoTokenizer
 
-    return _Tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    # Split special tokens: a "[SEP]" typed by a user is text, and must not look like the end of the prompt.
+    return _Tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, split_special_tokens=True))
 
 
 def _load_encoder(folder: str, attention: str) -> nn.Module:
@@ -511,7 +512,7 @@ def _train(
 def _random_prefix(ids: list[int], cut: bool, settings: FitSettings, rng: np.random.Generator) -> list[int]:
     longest = settings.response_tokens
     if rng.random() < settings.cut_share and cut:
-        longest = int(rng.integers(min(16, longest), longest + 1))
+        longest = int(rng.integers(min(8, longest), longest + 1))
     return ids[:longest]
 
 
