@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python recipes/build_guard.py --data ../shared/data
 
-About ten minutes on one thread. Reads the public data of `--data` and the project's own
+About fifteen minutes on one thread. Reads the public data of `--data` and the project's own
 `softguard/data/prompts.jsonl` (its train split to fit, its validation split to calibrate, its test split to measure),
 and writes `softguard/data/guard` and `softguard/data/judge`: a second run with the same thread count writes the same
 bytes. `--only judge` (or guard) builds one of the two.
@@ -446,6 +446,7 @@ def build_guard(sources: Sources, settings: FitSettings, told: Callable[[str], N
             "prompts of the recipe's word bank were written with XSTest's kinds of contrast in mind (none of its prompts), so "
             "XSTest figures are kinder than those on unforeseen kinds",
             "GPTFuzz responses end after 400 characters, often before the part that people judged",
+            "four fits were compared on these figures before this one was kept, so they flatter a little",
             "single requests and their first answers; no conversations, no jailbreak wrappers in training",
             "short answers; of a longer text the worst window counts, so long harmless texts are flagged more",
             "what counts as harmful is what the training files' authors labelled so",
@@ -541,6 +542,7 @@ def build_judge(sources: Sources, told: Callable[[str], None]) -> Judge:
         "limits": [
             "the classifier reads the response only: a worrying answer to a harmless prompt may count as unsafe",
             "refusal rules know six languages, the classifier English only",
+            "how far the rules may overrule the classifier was decided after a look at these figures, so they flatter a little",
             "responses are read up to 400 characters, refusals must begin in the first 260",
         ],
     }
