@@ -446,7 +446,7 @@ def build_guard(sources: Sources, settings: FitSettings, told: Callable[[str], N
             "prompts of the recipe's word bank were written with XSTest's kinds of contrast in mind (none of its prompts), so "
             "XSTest figures are kinder than those on unforeseen kinds",
             "GPTFuzz responses end after 400 characters, often before the part that people judged",
-            "four fits were compared on these figures before this one was kept, so they flatter a little",
+            "two earlier fits and two trials of the prompt question were seen on these figures, so they flatter a little",
             "single requests and their first answers; no conversations, no jailbreak wrappers in training",
             "short answers; of a longer text the worst window counts, so long harmless texts are flagged more",
             "what counts as harmful is what the training files' authors labelled so",
