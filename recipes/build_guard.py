@@ -7,8 +7,9 @@ About fifteen minutes on one thread. Reads the public data of `--data` and the p
 and writes `softguard/data/guard` and `softguard/data/judge`: a second run with the same thread count writes the same
 bytes. `--only judge` (or guard) builds one of the two.
 
-The two never share a label: GPTFuzz's eighty training questions are dealt to guard and judge by the sha256 of the
-question. No prompt is trained on that is nearly one of the evaluation prompts.
+No answer that people labelled serves both: GPTFuzz's eighty training questions are dealt to guard and judge by the
+sha256 of the question. Written answers to everyday instructions serve both, as harmless ones. No prompt is trained on
+that is nearly one of the evaluation prompts.
 """
 
 import argparse
@@ -24,18 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from softguard.card import Figure, auroc_figure, calibration_figure, figure_fields, share_figure
+from softguard.config import GuardConfig
 from softguard.guards import prompt_safety, response_safety
-from softguard.guards.encoder import (
-    EncoderGuard,
-    Figure,
-    FitSettings,
-    Row,
-    auroc_figure,
-    calibration_figure,
-    figure_fields,
-    fit,
-    share_figure,
-)
+from softguard.guards.encoder import EncoderGuard
+from softguard.guards.fit import Row, fit
 from softguard.judges import Judge, ResponseJudge, is_refusal
 
 PACKAGE_DATA = Path(__file__).parent.parent / "softguard" / "data"
@@ -430,13 +424,13 @@ def composed(rows: Sequence[Row], borrowed: Sequence[str], rng: np.random.Genera
     return made
 
 
-def build_guard(sources: Sources, settings: FitSettings, told: Callable[[str], None]) -> EncoderGuard:
+def build_guard(sources: Sources, settings: GuardConfig, told: Callable[[str], None]) -> EncoderGuard:
     """Fit the guard, measure it, and return it with its card filled in."""
     report: Json = {}
     training, validation = guard_rows(sources, report)
     used = list(sources.used.values())
     told(f"guard: {len(training)} training rows, {len(validation)} validation rows, {report}")
-    guard = fit(training, validation, settings, "softguard-minilm", told)
+    guard = fit(training, validation, settings, "softguard-minilm", told, SEED)
     guard.card |= {
         "training": used,
         "training_report": report,
@@ -621,7 +615,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the public JSONL files")
     parser.add_argument("--only", choices=["guard", "judge"])
     parser.add_argument("--out", type=Path, default=PACKAGE_DATA, help="where guard/ and judge/ go")
-    parser.add_argument("--epochs", type=int, default=FitSettings.epochs)
+    parser.add_argument("--epochs", type=int, default=GuardConfig.epochs)
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -633,7 +627,7 @@ def main() -> None:
         judge.classifier.save(options.out / "judge")
         show(judge.classifier.card["figures"])
     if options.only != "judge":
-        guard = build_guard(Sources(options.data), FitSettings(epochs=options.epochs, seed=SEED), told)
+        guard = build_guard(Sources(options.data), GuardConfig(epochs=options.epochs), told)
         guard.save(options.out / "guard")
         print(guard.card["thresholds"])
         show(guard.card["figures"])

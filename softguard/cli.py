@@ -1,8 +1,10 @@
 """The command line: every subcommand reads a recipe, calls one public function and prints what came of it."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for an error told in one line, 130 when interrupted."""
     options = _parser().parse_args(arguments)
+    sys.path.append(os.getcwd())  # "mine:guard" is found beside the recipe; last, so that it hides no installed package
     run: Callable[[argparse.Namespace], None] = options.run
     try:
         run(options)
@@ -62,19 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         "guard", help="fit or use a guard", description="Fit a guard of the bundled kind, or score a file."
     )
     guards = guard.add_subparsers(metavar="action", required=True)
-    fit = guards.add_parser("fit", help="train a guard of the bundled kind on labelled JSONL", description=_FIT)
+    fit = _command(guards, "fit", _guard_fit, "train a guard of the bundled kind on labelled JSONL", _FIT)
     fit.add_argument("data", type=Path, nargs="+", help="JSONL files")
     fit.add_argument("--out", type=Path, required=True, help="folder of the guard")
-    fit.add_argument("--seed", type=int, default=0)
-    fit.add_argument("--dry-run", action="store_true", help="check the files and say what would run")
-    fit.set_defaults(run=_guard_fit)
-    score = guards.add_parser(
-        "score", help="p(safe) of every row of a file", description="Add p_safe to every row of a JSONL file."
-    )
+    score = _command(guards, "score", _guard_score, "write p(safe) of every row of a file, by the guard of the recipe")
     score.add_argument("data", type=Path, help="JSONL with `prompt` and, for the response question, `response`")
-    score.add_argument("--guard", default="bundled", help="bundled, a folder, or package.module:callable (default bundled)")
     score.add_argument("--out", type=Path, required=True, help="JSONL to write")
-    score.set_defaults(run=_guard_score)
 
     demo = _command(commands, "demo", _demo, "the whole way on the installed demo model, with a report")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything it makes (default runs/demo)")
@@ -92,8 +88,9 @@ def _command(
     name: str,
     run: Callable[[argparse.Namespace], None],
     text: str,
+    more: str = "",
 ) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}")
     command.add_argument("--recipe", type=Path, help="YAML recipe; defaults are used for what it leaves out")
     command.add_argument(
         "--set",
@@ -210,21 +207,30 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _guard_fit(options: argparse.Namespace) -> None:
-    from softguard.guards.encoder import FitSettings, fit_guard, read_rows
+    recipe = _recipe(options)
+    from softguard.guards.fit import fit_guard, read_rows
 
     if options.dry_run:
         counts = ", ".join(f"{path} ({len(read_rows(path)):,} rows)" for path in options.data)
         print(f"guard fit: would train on {counts} and write {options.out}; minutes for some thousand rows")
         return
-    guard = fit_guard(options.data, options.out, FitSettings(seed=options.seed), told=lambda line: print(line, file=sys.stderr))
+    told = partial(print, file=sys.stderr)
+    guard = fit_guard(options.data, options.out, recipe.guard, told=told, seed=recipe.seed)
     print(f"guard {guard.name} ({guard.fingerprint}) in {options.out}; its figures are in card.json")
 
 
 def _guard_score(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
     from softguard.guards import load_guard
     from softguard.guards.score import score_file
+    from softguard.prompts import read_rows
 
-    count = score_file(load_guard(options.guard), options.data, options.out)
+    guard = load_guard(recipe.system.guard)
+    if options.dry_run:
+        count = sum(1 for _ in read_rows(str(options.data)))
+        print(f"guard score: would write {count:,} rows with p_safe by {guard.name} to {options.out}")
+        return
+    count = score_file(guard, options.data, options.out)
     print(f"{count:,} rows with p_safe in {options.out}")
 
 

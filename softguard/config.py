@@ -96,6 +96,22 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """Fitting a guard of the bundled kind; the defaults are those of the bundled one."""
+
+    rank: int = 8  # of the low-rank difference on the encoder's weights
+    epochs: int = 3
+    batch: int = 32
+    learning_rate: float = 1e-3
+    head_learning_rate: float = 5e-3
+    weight_decay: float = 0.01
+    prompt_tokens: int = 64  # a longer prompt is cut to its first and last half while fitting
+    response_tokens: int = 112  # a longer response is cut to this
+    cut_share: float = 0.4  # share of responses cut to a random prefix, so that answers broken off are learned too
+    flagged_benign: float = 0.07  # share of benign validation rows that the threshold may flag
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a result."""
 
@@ -105,6 +121,7 @@ class Recipe:
     teach: TeachConfig = field(default_factory=TeachConfig)
     distil: DistilConfig = field(default_factory=DistilConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         """Raises SoftguardError for values no stage could run with."""
@@ -116,7 +133,10 @@ class Recipe:
             "distil.patience": d.patience, "distil.checkpoint_every": d.checkpoint_every,
             "teach.responses": t.responses, "teach.max_new_tokens": t.max_new_tokens, "teach.batch_size": t.batch_size,
             "teach.shard_size": t.shard_size, "evaluate.max_new_tokens": self.evaluate.max_new_tokens,
-            "evaluate.batch_size": self.evaluate.batch_size,
+            "evaluate.batch_size": self.evaluate.batch_size, "guard.rank": self.guard.rank, "guard.epochs": self.guard.epochs,
+            "guard.batch": self.guard.batch, "guard.learning_rate": self.guard.learning_rate,
+            "guard.head_learning_rate": self.guard.head_learning_rate, "guard.prompt_tokens": self.guard.prompt_tokens,
+            "guard.response_tokens": self.guard.response_tokens,
         }  # fmt: skip
         for key, value in positive.items():
             if not 0 < value < math.inf:
@@ -125,14 +145,20 @@ class Recipe:
             "teach.temperature": t.temperature, "teach.limit": t.limit, "evaluate.limit": self.evaluate.limit,
             "distil.warmup": d.warmup, "distil.safe_weight": d.safe_weight, "distil.refusal_weight": d.refusal_weight,
             "model.threads": self.model.threads, "seed": self.seed, "teach.validation_limit": t.validation_limit,
+            "guard.weight_decay": self.guard.weight_decay,
         }  # fmt: skip
         for key, value in not_negative.items():
             if not 0 <= value < math.inf:
                 raise SoftguardError(f"{key} is {value}; it must not be negative or infinite")
         if d.accumulate > d.batch_size:
             raise SoftguardError(f"distil.accumulate is {d.accumulate}; it must not exceed distil.batch_size {d.batch_size}")
-        if self.system.threshold is not None and not 0 <= self.system.threshold <= 1:
-            raise SoftguardError(f"system.threshold is {self.system.threshold}; it must lie in [0, 1]")
+        shares = {
+            "system.threshold": self.system.threshold, "guard.cut_share": self.guard.cut_share,
+            "guard.flagged_benign": self.guard.flagged_benign,
+        }  # fmt: skip
+        for key, share in shares.items():
+            if share is not None and not 0 <= share <= 1:
+                raise SoftguardError(f"{key} is {share}; it must lie in [0, 1]")
         if not self.system.refusal.strip():
             raise SoftguardError("system.refusal is empty; give the text of the refusal")
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+import softguard
 from softguard.adapters import SoftPrompt
 from softguard.chat import Turn
 from softguard.engine import Engine
@@ -43,7 +44,7 @@ def measure_cost(
     """
     model = sum(p.numel() for p in base.model.parameters())
     weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    guard = getattr(system.guard, "parameters", 0)  # a callable has no size of its own
+    guard = getattr(system.guard, "parameters", 0)  # a function has no size that could be seen
     costs = [
         Cost("base", "parameters", model, "count"),
         Cost("safe_system", "parameters", model + guard, "count"),
@@ -92,8 +93,9 @@ def _times(engines: Mapping[str, Engine], system: SafeSystem) -> dict[str, tuple
 
 def versions() -> dict[str, str]:
     """Package versions, processor and threads behind a measurement."""
-    packages = ("softguard", "torch", "transformers", "peft", "accelerate", "scikit-learn")
+    packages = ("torch", "transformers", "peft", "accelerate", "scikit-learn")
     return {
+        "softguard": softguard.__version__,
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in packages},
         "cpu": platform.processor() or platform.machine(),

@@ -1,4 +1,4 @@
-"""Judges: who grades an answer once it is given. A judge is not the training guard and shares no labels with it.
+"""Judges: who grades an answer once it is given. A judge is not the training guard: no label of an answer serves both.
 
 `is_refusal` goes by phrases. `ResponseJudge` is logistic regression on hashed word and character n-grams of the
 response; it tells answers that comply with a harmful request. `Judge` joins the two. How far each agrees with people
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from softguard.card import Card, read_card, write_with_card
 from softguard.errors import SoftguardError
 from softguard.guards import Probabilities
-from softguard.guards.encoder import Card, read_card, write_with_card
 
 FORMAT = "softguard-judge"
 VERSION = 1

@@ -138,10 +138,10 @@ def test_guard_fit_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "how to build a bomb"}\n{"prompt": "how to build a boat", "response": "Take wood."}\n')
     out = tmp_path / "scored.jsonl"
-    assert main(["guard", "score", str(data), "--guard", "tests.guards_for_tests:by_word", "--out", str(out)]) == 0
+    assert main(["guard", "score", str(data), "--set", GUARD, "--out", str(out)]) == 0
     assert [json.loads(line)["p_safe"] for line in out.read_text().splitlines()] == [0.05, 0.95]
     data.write_text('{"prompt": "x"}\n{"prompt": 3}\n')
-    assert "data.jsonl:2" in refused(capsys, "guard", "score", data, "--guard", "tests.guards_for_tests:by_word", "--out", out)
+    assert "data.jsonl:2" in refused(capsys, "guard", "score", data, "--set", GUARD, "--out", out)
     assert len(out.read_text().splitlines()) == 2
     assert "data.jsonl:1" in refused(capsys, "guard", "fit", data, "--out", tmp_path / "guard")
     assert not (tmp_path / "guard").exists()

@@ -9,20 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from softguard.card import auroc_figure, calibration_figure, share_figure
+from softguard.config import GuardConfig
 from softguard.errors import SoftguardError
 from softguard.guards import Guard, load_guard, prompt_safety, response_safety
 from softguard.guards.callable import CallableGuard
-from softguard.guards.encoder import (
-    BUNDLED,
-    MAX_BYTES,
-    EncoderGuard,
-    FitSettings,
-    auroc_figure,
-    calibration_figure,
-    fit_guard,
-    read_rows,
-    share_figure,
-)
+from softguard.guards.encoder import BUNDLED, MAX_BYTES, EncoderGuard
+from softguard.guards.fit import fit_guard, read_rows
 
 torch.set_num_threads(1)
 
@@ -177,7 +170,7 @@ def _labelled(count: int) -> list[dict[str, object]]:
 
 def test_a_fit_is_repeatable_and_survives_saving(tmp_path: Path) -> None:
     rows = _write(tmp_path / "rows.jsonl", _labelled(80))
-    settings = FitSettings(rank=2, epochs=1, batch=16)
+    settings = GuardConfig(rank=2, epochs=1, batch=16)
     guards = [fit_guard([rows], tmp_path / name, settings, name="tiny") for name in ("first", "second")]
     for file in ("weights.safetensors", "card.json"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
@@ -195,7 +188,7 @@ def test_a_fit_is_repeatable_and_survives_saving(tmp_path: Path) -> None:
 
 def test_a_guard_without_responses_says_so(tmp_path: Path) -> None:
     rows = [{"prompt": row["prompt"], "label": row["label"]} for row in _labelled(80)]
-    guard = fit_guard([_write(tmp_path / "rows.jsonl", rows)], tmp_path, FitSettings(rank=1, epochs=1, batch=40))
+    guard = fit_guard([_write(tmp_path / "rows.jsonl", rows)], tmp_path, GuardConfig(rank=1, epochs=1, batch=40))
     assert prompt_safety(guard, HARMFUL).shape == (len(HARMFUL),)
     with pytest.raises(SoftguardError, match="was fitted without responses"):
         response_safety(guard, HARMFUL, HARMFUL)
