@@ -140,11 +140,36 @@ def test_guard_fit_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = tmp_path / "scored.jsonl"
     assert main(["guard", "score", str(data), "--set", GUARD, "--out", str(out)]) == 0
     assert [json.loads(line)["p_safe"] for line in out.read_text().splitlines()] == [0.05, 0.95]
+    capsys.readouterr()
+    assert main(["guard", "score", str(data), "--set", GUARD, "--out", str(tmp_path / "dry"), "--dry-run"]) == 0
+    assert "2 rows" in capsys.readouterr().out
+    assert not (tmp_path / "dry").exists()
     data.write_text('{"prompt": "x"}\n{"prompt": 3}\n')
     assert "data.jsonl:2" in refused(capsys, "guard", "score", data, "--set", GUARD, "--out", out)
     assert len(out.read_text().splitlines()) == 2
     assert "data.jsonl:1" in refused(capsys, "guard", "fit", data, "--out", tmp_path / "guard")
     assert not (tmp_path / "guard").exists()
+
+
+def test_guard_fit_takes_its_settings_from_the_recipe(tmp_path: Path) -> None:
+    words = ["bomb", "poison", "murder", "theft"]
+    rows = [{"prompt": f"{'plan a' if i % 2 else 'a film about'} {words[i // 2 % 4]} {i}"} for i in range(80)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({**row, "label": ("benign", "harmful")[i % 2]}) + "\n" for i, row in enumerate(rows)))
+    settings = ["--set", "guard.rank=1", "--set", "guard.epochs=1", "--set", "seed=3"]
+    assert main(["guard", "fit", str(data), "--out", str(tmp_path / "guard"), *settings]) == 0
+    made = json.loads((tmp_path / "guard" / "card.json").read_text())["settings"]
+    assert (made["rank"], made["epochs"], made["seed"]) == (1, 1, 3)
+
+
+def test_a_guard_in_the_folder_of_the_command_is_found(tmp_path: Path) -> None:
+    (tmp_path / "mine_of_this_test.py").write_text("def guard(prompts, responses):\n    return [0.25] * len(prompts)\n")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "hello"}\n')
+    script = Path(sys.executable).with_name("softguard")  # unlike `python -m`, it does not look there by itself
+    setting = "system.guard=mine_of_this_test:guard"
+    command = [str(script), "guard", "score", "data.jsonl", "--out", "out.jsonl", "--set", setting]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=200)
+    assert json.loads((tmp_path / "out.jsonl").read_text())["p_safe"] == 0.25
 
 
 def test_chat_that_compares_needs_an_adapter(capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,6 +106,13 @@ def test_the_bundled_guard_is_small_and_measured() -> None:
     assert auroc["GPTFuzz test"] > 0.9
 
 
+def test_the_bundled_guard_tells_its_size(bundled: EncoderGuard) -> None:
+    # all-MiniLM-L6-v2: vocabulary 30,522, 512 positions, 6 layers of width 384, and two heads
+    layer = 4 * (384 * 384 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384
+    encoder = (30522 + 512 + 2) * 384 + 2 * 384 + 6 * layer + 384 * 384 + 384
+    assert bundled.parameters == encoder + (384 + 1) + (2 * 384 + 1)
+
+
 def test_the_bundled_guard_knows_harmful_prompts(bundled: EncoderGuard) -> None:
     harmful, benign = prompt_safety(bundled, HARMFUL), prompt_safety(bundled, BENIGN)
     assert harmful.max() < bundled.prompt_threshold
