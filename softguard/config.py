@@ -77,6 +77,7 @@ class DistilConfig:
     clip: float = 1.0  # gradient norm
     safe_weight: float = 1.0
     refusal_weight: float = 1.0
+    drift_weight: float = 1.0  # of the answers' divergence from the base, beside the decision whether to answer
     validate_every: int = 30  # steps
     validation_prompts: int = 96
     patience: int = 4  # validations without improvement before stopping
@@ -143,7 +144,8 @@ class Recipe:
                 raise SoftguardError(f"{key} is {value}; it must be greater than 0 and finite")
         not_negative = {
             "teach.temperature": t.temperature, "teach.limit": t.limit, "evaluate.limit": self.evaluate.limit,
-            "distil.warmup": d.warmup, "distil.safe_weight": d.safe_weight, "distil.refusal_weight": d.refusal_weight,
+            "distil.drift_weight": d.drift_weight, "distil.warmup": d.warmup,
+            "distil.safe_weight": d.safe_weight, "distil.refusal_weight": d.refusal_weight,
             "model.threads": self.model.threads, "seed": self.seed, "teach.validation_limit": t.validation_limit,
             "guard.weight_decay": self.guard.weight_decay,
         }  # fmt: skip
@@ -159,6 +161,10 @@ class Recipe:
         for key, share in shares.items():
             if share is not None and not 0 <= share <= 1:
                 raise SoftguardError(f"{key} is {share}; it must lie in [0, 1]")
+        if d.objective.endswith("-paper") and d.drift_weight != 1:
+            raise SoftguardError(
+                f"distil.drift_weight is {d.drift_weight}; objective {d.objective} has no such weight, leave it 1"
+            )
         if not self.system.refusal.strip():
             raise SoftguardError("system.refusal is empty; give the text of the refusal")
 

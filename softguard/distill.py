@@ -76,7 +76,7 @@ class _Trainer:
         self.refusal = self.chat.encode_response(recipe.system.refusal)
         self.accelerator = Accelerator(cpu=base.device.type == "cpu")
         self.vectors = torch.nn.Parameter(initial_vectors(base, self.config.init_text, self.config.n_soft))
-        optimiser = torch.optim.Adam([self.vectors], lr=self.config.learning_rate, eps=1e-7)
+        optimiser = torch.optim.Adam([self.vectors], lr=self.config.learning_rate, betas=(0.9, 0.98), eps=1e-7)
         schedule = get_cosine_schedule_with_warmup(optimiser, self.config.warmup, self.config.steps)
         self.optimiser, self.schedule = self.accelerator.prepare(optimiser, schedule)
         with torch.inference_mode(False), torch.no_grad():
@@ -206,6 +206,7 @@ class _Trainer:
             refusal_rate=numbers([examples[i].refusal_rate for i in refused]),
             refusal_token=torch.tensor(self.refusal[0], device=device),
             prompts=prompts,
+            drift_weight=self.config.drift_weight,
         )
         return self.objective(batch, self.config.length), _facts_of(batch, student[:, 0].argmax(-1), len(safe))
 

@@ -24,6 +24,7 @@ class Batch(NamedTuple):
     response: (S, T) ids of y; mask: (S, T), 1 on real tokens; p_safe: (S,) α; first_rate: (S,) U of the row's prompt.
     refusal: (R, T_r) student's log-probabilities of the refusal's tokens; refusal_rate: (R,) U of the row's prompt.
     refusal_token: () first id of y_r. prompts: how many prompts the rows stand for; losses are means over prompts.
+    drift_weight: λ, what the dense objectives multiply the divergence between answers by; whether to answer has weight 1.
     """
 
     student: Tensor
@@ -36,6 +37,7 @@ class Batch(NamedTuple):
     refusal_rate: Tensor
     refusal_token: Tensor
     prompts: float
+    drift_weight: float = 1.0
 
 
 class Losses(NamedTuple):
@@ -51,7 +53,7 @@ Objective = Callable[[Batch, Length], Losses]
 def tv(batch: Batch, length: Length) -> Losses:
     """Dense total variation to the system, with log-hinges where total variation alone cannot move (METHOD §3).
 
-    safe branch: TV(P(·|∅), q(·|∅)) + Σ_{t>1} α·TV(p_t, q_t) + α·(log(1 − P(r₁|∅)) − log(1 − q(r₁)))₊
+    safe branch: α·(log(1 − P(r₁|∅)) − log(1 − q(r₁)))₊ + λ·(TV(P(·|∅), q(·|∅)) + Σ_{t>1} α·TV(p_t, q_t))
     refusal branch: U·(log U − log q(y_r))₊
 
     P(·|∅) = (1 − U)·p + U·1[r₁] is the system's law of the first token and r₁ the refusal's first token. TV is flat both
@@ -65,7 +67,8 @@ def tv(batch: Batch, length: Length) -> Losses:
     )
     answers = (1 - batch.first_rate).clamp(min=P_SAFE_RANGE[0]).log() + _log_answers(batch.teacher, batch)
     later = _over_tokens(tokens[:, 1:], batch.mask[:, 1:], length)
-    safe = first + batch.p_safe * later + batch.p_safe * log_hinge(answers, _log_answers(batch.student, batch))
+    decision = batch.p_safe * log_hinge(answers, _log_answers(batch.student, batch))
+    safe = decision + batch.drift_weight * (first + batch.p_safe * later)
     rate = _clamped(batch.refusal_rate)
     refusal = batch.refusal_rate * log_hinge(rate.log(), batch.refusal.sum(-1))
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
@@ -74,10 +77,11 @@ def tv(batch: Batch, length: Length) -> Losses:
 def kl(batch: Batch, length: Length) -> Losses:
     """Dense forward KL(P‖q) to the system, calibrated by summed log-probabilities.
 
-    safe branch: α·(log α + Σ_t KL(p_t‖q_t)); refusal branch: U·(log U − log q(y_r)). Where p(y_r) = 0 their expectation
-    over y ~ p is KL(P‖q) itself for a prompt guard.
+    safe branch: α·(log α + KL(p_1‖q_1) + λ·Σ_{t>1} KL(p_t‖q_t)); refusal branch: U·(log U − log q(y_r)). Where p(y_r) = 0 and
+    λ = 1 their expectation over y ~ p is KL(P‖q) itself for a prompt guard.
     """
-    tokens = _over_tokens(token_kl(batch.teacher, batch.student), batch.mask, length)
+    weight = torch.full_like(batch.mask, batch.drift_weight).index_fill(1, batch.refusal_token.new_zeros(1), 1.0)
+    tokens = _over_tokens(weight * token_kl(batch.teacher, batch.student), batch.mask, length)
     safe = batch.p_safe * (_clamped(batch.p_safe).log() + tokens)
     refusal = batch.refusal_rate * (_clamped(batch.refusal_rate).log() - _over_refusal(batch.refusal, length))
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)

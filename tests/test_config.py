@@ -54,7 +54,8 @@ def changes(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         elif isinstance(value, tuple):
             options = [(name + field.name, value[::-1]), (name + field.name, value[:-1])]
         else:
-            options = [(name + field.name, 0.125 if value is None else value + 1)]
+            other = value / 2 if isinstance(value, float) else value + 1 if value is not None else 0.125
+            options = [(name + field.name, other)]
         for path, other in options:
             yield path, dataclasses.replace(config, **{field.name: other})
 
@@ -246,10 +247,12 @@ POSITIVE = [
     *(f"distil.{key}" for key in ("validation_prompts", "patience", "checkpoint_every")),
     *(f"teach.{key}" for key in ("responses", "max_new_tokens", "batch_size", "shard_size")),
     *(f"evaluate.{key}" for key in ("max_new_tokens", "batch_size")),
+    *(f"guard.{key}" for key in ("rank", "epochs", "batch", "learning_rate", "head_learning_rate", "prompt_tokens")),
+    "guard.response_tokens",
 ]
 NOT_NEGATIVE = [
     *("seed", "model.threads", "teach.temperature", "teach.limit", "evaluate.limit"),
-    *("distil.warmup", "distil.safe_weight", "distil.refusal_weight"),
+    *("distil.warmup", "distil.safe_weight", "distil.refusal_weight", "distil.drift_weight", "guard.weight_decay"),
 ]
 
 
@@ -273,10 +276,11 @@ def test_numbers_must_be_finite(key: str, value: str) -> None:
         load_recipe(overrides=[f"{key}={value}"])
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.1])
-def test_threshold_must_be_a_probability(threshold: float) -> None:
-    with pytest.raises(SoftguardError, match=r"system\.threshold is .*; it must lie in \[0, 1\]"):
-        load_recipe(overrides=[f"system.threshold={threshold}"])
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+@pytest.mark.parametrize("key", ["system.threshold", "guard.cut_share", "guard.flagged_benign"])
+def test_shares_must_lie_between_0_and_1(key: str, value: float) -> None:
+    with pytest.raises(SoftguardError, match=rf"{key} is .*; it must lie in \[0, 1\]"):
+        load_recipe(overrides=[f"{key}={value}"])
 
 
 def test_threshold_may_be_either_end() -> None:
@@ -291,6 +295,12 @@ def test_refusal_must_say_something() -> None:
 def test_micro_batches_must_not_outnumber_prompts() -> None:
     with pytest.raises(SoftguardError, match=r"distil\.accumulate is 25; it must not exceed distil\.batch_size 24"):
         load_recipe(overrides=["distil.accumulate=25"])
+
+
+@pytest.mark.parametrize("objective", ["tv-paper", "kl-paper"])
+def test_the_published_objectives_have_no_drift_weight(objective: str) -> None:
+    with pytest.raises(SoftguardError, match=rf"distil\.drift_weight is 0\.1; objective {objective} has no such weight"):
+        load_recipe(overrides=[f"distil.objective={objective}", "distil.drift_weight=0.1"])
 
 
 def test_every_recipe_of_the_repository_loads() -> None:

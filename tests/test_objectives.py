@@ -31,6 +31,7 @@ class Case(NamedTuple):
     refusal_rate: list[float]
     token: int
     prompts: int
+    drift_weight: float
 
 
 def make_case(seed: int) -> Case:
@@ -53,6 +54,7 @@ def make_case(seed: int) -> Case:
         refusal_rate=[0.65, 0.4],
         token=token,
         prompts=4,
+        drift_weight=(1.0, 0.0, 0.3, 2.0, 0.05)[seed],
     )
 
 
@@ -71,6 +73,7 @@ def to_batch(case: Case) -> Batch:
         refusal_rate=number(case.refusal_rate),
         refusal_token=torch.tensor(case.token),
         prompts=case.prompts,
+        drift_weight=case.drift_weight,
     )
 
 
@@ -95,8 +98,8 @@ def expected_tv(case: Case, length: Length) -> tuple[float, float]:
     for p, q, n, alpha in zip(case.teacher, case.student, case.lengths, case.p_safe, strict=True):
         system = [alpha * v for v in p[0]]
         system[case.token] += 1 - alpha
-        safe += plain_tv(system, q[0])
-        safe += alpha * average([plain_tv(p[t], q[t]) for t in range(1, n)], length)
+        drift = plain_tv(system, q[0]) + alpha * average([plain_tv(p[t], q[t]) for t in range(1, n)], length)
+        safe += case.drift_weight * drift
         safe += alpha * hinge(alpha, math.log(1 - q[0][case.token]))
     refusal = sum(u * hinge(u, math.log(math.prod(r))) for r, u in zip(case.refusal, case.refusal_rate, strict=True))
     return safe / case.prompts, refusal / case.prompts
@@ -104,7 +107,7 @@ def expected_tv(case: Case, length: Length) -> tuple[float, float]:
 
 def expected_kl(case: Case, length: Length) -> tuple[float, float]:
     safe = sum(
-        alpha * (math.log(alpha) + average([plain_kl(p[t], q[t]) for t in range(n)], length))
+        alpha * (math.log(alpha) + average([(case.drift_weight if t else 1) * plain_kl(p[t], q[t]) for t in range(n)], length))
         for p, q, n, alpha in zip(case.teacher, case.student, case.lengths, case.p_safe, strict=True)
     )
     refusal = sum(
