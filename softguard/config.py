@@ -69,19 +69,19 @@ class DistilConfig:
     slot: Literal["start", "system"] = "start"
     n_soft: int = 32
     init_text: str = DEFAULT_INSTRUCTION
-    steps: int = 120
-    batch_size: int = 24  # prompts a step
-    accumulate: int = 2  # micro-batches a step is cut into, by length of the prompts
-    learning_rate: float = 5e-3
-    warmup: int = 10  # steps
+    steps: int = 400
+    batch_size: int = 8  # prompts a step
+    accumulate: int = 1  # micro-batches a step is cut into, by length of the prompts
+    learning_rate: float = 2.5e-3
+    warmup: int = 20  # steps
     clip: float = 1.0  # gradient norm
     safe_weight: float = 1.0
     refusal_weight: float = 1.0
     drift_weight: float = 1.0  # of the answers' divergence from the base, beside the decision whether to answer
-    validate_every: int = 30  # steps
+    validate_every: int = 100  # steps
     validation_prompts: int = 96
     patience: int = 4  # validations without improvement before stopping
-    checkpoint_every: int = 10  # steps
+    checkpoint_every: int = 20  # steps
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from softguard.system import SafeSystem
 
 SCHEMA = 1
 System = Literal["base", "safe_system", "distilled"]
-_DRIFT_BATCH = 16  # rows whose full next-token laws are held at once
+_DRIFT_BATCH = 8  # rows whose full next-token laws are held at once
 
 
 class Row(NamedTuple):

@@ -293,8 +293,8 @@ def test_refusal_must_say_something() -> None:
 
 
 def test_micro_batches_must_not_outnumber_prompts() -> None:
-    with pytest.raises(SoftguardError, match=r"distil\.accumulate is 25; it must not exceed distil\.batch_size 24"):
-        load_recipe(overrides=["distil.accumulate=25"])
+    with pytest.raises(SoftguardError, match=r"distil\.accumulate is 9; it must not exceed distil\.batch_size 8"):
+        load_recipe(overrides=["distil.accumulate=9"])
 
 
 @pytest.mark.parametrize("objective", ["tv-paper", "kl-paper"])
