@@ -1,6 +1,6 @@
 """Run the demo as a user does and keep its figures with what they were measured on.
 
-    python benchmarks/demo.py [--out runs/demo] [--set section.key=value]
+    python -m benchmarks.demo [--out runs/demo] [--set section.key=value]
 
 Writes benchmarks/results/demo.json: the demo's results.json, wall-clock seconds, peak memory, load and processor.
 """
@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.record import RESULTS, cpu_flags
 
 
 def main() -> None:
@@ -31,11 +31,11 @@ def main() -> None:
     subprocess.run(command, check=True)
     seconds = time.perf_counter() - begin
     kept = {
-        "command": "python benchmarks/demo.py" + "".join(f" --set {o}" for o in options.overrides),
+        "command": "python -m benchmarks.demo" + "".join(f" --set {o}" for o in options.overrides),
         "seconds": round(seconds, 1),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
         "cores": os.cpu_count(),
-        "cpu_flags": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in _cpu_flags()],
+        "cpu_flags": cpu_flags(),
         "load_before": load,
         "load_after": os.getloadavg(),
         "results": json.loads((options.out / "results.json").read_text()),
@@ -43,12 +43,6 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "demo.json").write_text(json.dumps(kept, indent=2) + "\n")
     print(f"{seconds:.0f} s, {kept['peak_memory_gb']} GB; kept in {RESULTS / 'demo.json'}")
-
-
-def _cpu_flags() -> set[str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return set(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ class TeachConfig:
     temperature: float = 1.0  # 1 draws from the base's own law, which the objectives assume; 0 is greedy
     batch_size: int = 64
     shard_size: int = 512  # prompts a Parquet shard, the unit of resumption
+    keep_hidden: bool = False  # keep the base's last hidden state of every token, so that training need not run the base
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             value = float(value)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         names = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
         raise SoftguardError(f"{key} is {value!r}; it must be {names}")
     return value

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from softguard.chat import Chat
 from softguard.config import Recipe, fingerprint
@@ -26,7 +28,7 @@ from softguard.models import BaseModel
 from softguard.prompts import Prompt, read_prompts
 from softguard.system import SafeSystem
 
-VERSION = 1
+VERSION = 2
 _ROW_GROUP = 32  # prompts; what reading one example costs
 _SCHEMA = pa.schema(
     [
@@ -35,7 +37,16 @@ _SCHEMA = pa.schema(
         ("refusal_rate", pa.float64()),  # U(x)
         (
             "responses",
-            pa.list_(pa.struct([("ids", pa.list_(pa.int32())), ("p_safe", pa.float64()), ("keep", pa.float64())])),
+            pa.list_(
+                pa.struct(
+                    [
+                        ("ids", pa.list_(pa.int32())),
+                        ("p_safe", pa.float64()),
+                        ("keep", pa.float64()),
+                        ("hidden", pa.binary()),  # (tokens, hidden) bfloat16, or none
+                    ]
+                )
+            ),
         ),
     ]
 )
@@ -47,6 +58,7 @@ class Draw(NamedTuple):
     ids: tuple[int, ...]
     p_safe: float  # what the guard said
     keep: float  # α, what the system makes of it
+    hidden: Tensor | None = None  # (tokens, hidden) bfloat16, the base's last hidden states that predict `ids`
 
 
 class Example(NamedTuple):
@@ -227,7 +239,9 @@ def _draw(recipe: Recipe, shard: list[Prompt], engine: Engine, system: SafeSyste
         progress((done + rows) // k - done // k)
         done += rows
 
-    drawn = engine.generate(repeated, teach.max_new_tokens, teach.batch_size, teach.temperature, recipe.seed, count)
+    drawn = engine.generate(
+        repeated, teach.max_new_tokens, teach.batch_size, teach.temperature, recipe.seed, count, teach.keep_hidden
+    )
     p_safe = system.p_safe(repeated, [response.text for response in drawn])
     keep = system.keep(p_safe)
     rows = []
@@ -238,12 +252,30 @@ def _draw(recipe: Recipe, shard: list[Prompt], engine: Engine, system: SafeSyste
                 "prompt": prompt.text,
                 "label": prompt.label,
                 "refusal_rate": float(np.mean([1 - keep[j] for j in own])),
-                "responses": [{"ids": drawn[j].ids, "p_safe": float(p_safe[j]), "keep": float(keep[j])} for j in own],
+                "responses": [
+                    {
+                        "ids": drawn[j].ids,
+                        "p_safe": float(p_safe[j]),
+                        "keep": float(keep[j]),
+                        "hidden": _to_bytes(drawn[j].hidden),
+                    }
+                    for j in own
+                ],
             }
         )
     return pa.Table.from_pylist(rows, _SCHEMA)
 
 
 def _example(row: dict[str, Any]) -> Example:
-    responses = tuple(Draw(tuple(r["ids"]), r["p_safe"], r["keep"]) for r in row["responses"])
+    responses = tuple(
+        Draw(tuple(r["ids"]), r["p_safe"], r["keep"], _from_bytes(r["hidden"], len(r["ids"]))) for r in row["responses"]
+    )
     return Example(row["prompt"], row["label"], row["refusal_rate"], responses)
+
+
+def _to_bytes(hidden: Tensor | None) -> bytes | None:
+    return None if hidden is None else hidden.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+
+
+def _from_bytes(stored: bytes | None, tokens: int) -> Tensor | None:
+    return None if stored is None else torch.frombuffer(bytearray(stored), dtype=torch.bfloat16).view(tokens, -1)

@@ -1,8 +1,8 @@
 """The one training loop: corpus in, soft prompt out.
 
-A step runs the constant prefix once, lets every row of every micro-batch read its keys and values, gathers the gradients
-there and carries them through the prefix at the end. Batches are a function of (seed, step) alone and checkpoints hold
-the optimiser's whole state, so that a killed run goes on and ends with the weights of an undisturbed one.
+The constant prefix is run once for all rows of a pass (`packed`), not once a row. Batches are a function of (seed, step)
+alone and checkpoints hold the optimiser's whole state, so that a killed run goes on and ends with the weights of an
+undisturbed one.
 """
 
 import json
@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from softguard.adapters import SoftPrompt, initial_vectors
-from softguard.chat import Chat, align
+from softguard.chat import Chat
 from softguard.config import Recipe, fingerprint
 from softguard.corpus import Corpus, Example
 from softguard.divergences import selected, token_tv
 from softguard.errors import SoftguardError
 from softguard.files import read_json, write_file, write_json, write_text
+from softguard.kernels import log_law, per_token
 from softguard.models import BaseModel
-from softguard.objectives import Batch, Losses, find_objective
-from softguard.prefix import continuation_logits, run_prefix
+from softguard.objectives import Batch, divergences, find_objective
+from softguard.packed import packed_hidden
+from softguard.prefix import prefix_embeddings
 from softguard.prompts import thin
 
 _NO_WEIGHT = 1e-3  # branches the system takes less often than this are left out
@@ -38,9 +40,10 @@ class Step(NamedTuple):
     kind: str  # "train" or "validation"
     safe: float  # loss of the safe branch
     refusal: float  # loss of the refusal branch
-    token_tv: float  # to the base, mean over tokens of answers the system keeps
-    refuses: float  # share of prompts the system refuses for which the student's likeliest first token is the refusal's
-    over_refuses: float  # the same share of prompts the system answers
+    # of validation alone:
+    token_tv: float | None = None  # to the base, mean over tokens of answers the system keeps
+    refuses: float | None = None  # share of prompts the system refuses whose likeliest first token is the refusal's
+    over_refuses: float | None = None  # the same share of prompts the system answers
 
 
 def distil(
@@ -79,8 +82,7 @@ class _Trainer:
         optimiser = torch.optim.Adam([self.vectors], lr=self.config.learning_rate, betas=(0.9, 0.98), eps=1e-7)
         schedule = get_cosine_schedule_with_warmup(optimiser, self.config.warmup, self.config.steps)
         self.optimiser, self.schedule = self.accelerator.prepare(optimiser, schedule)
-        with torch.inference_mode(False), torch.no_grad():
-            self.teacher_prefix = run_prefix(base, self.chat, None)
+        self.teacher_prefix = prefix_embeddings(base, self.chat, None)
         self.best = self.vectors.detach().clone()
         self.best_loss, self.since_best, self.step = float("inf"), 0, 0
         self.settings = fingerprint(
@@ -127,12 +129,11 @@ class _Trainer:
     def _train_step(self, indices: list[int], epoch: int) -> Step:
         examples = sorted(self.corpus.examples("train", indices), key=lambda e: len(e.prompt))
         self.optimiser.zero_grad()
-        prefix = run_prefix(self.base, self.chat, self.vectors)
-        leaves = _detach(prefix)
-        parts = []
+        safe = refusal = 0.0
         for where in np.array_split(np.arange(len(examples)), min(self.config.accumulate, len(examples))):
             part = [examples[i] for i in where]  # neighbours in length, so that little is padded
-            losses, facts = self._losses(prefix, part, epoch, len(examples))
+            batch, _ = self._batch(part, epoch, len(examples))
+            losses = self.objective(batch, self.config.length)
             total = self.config.safe_weight * losses.safe + self.config.refusal_weight * losses.refusal
             if not torch.isfinite(total):
                 raise SoftguardError(
@@ -140,23 +141,32 @@ class _Trainer:
                     f"{self.config.learning_rate}"
                 )
             self.accelerator.backward(total)
-            parts.append((losses, facts))
-        torch.autograd.backward([whole for whole, _ in leaves], [leaf.grad for _, leaf in leaves])
+            safe, refusal = safe + losses.safe.item(), refusal + losses.refusal.item()
         self.accelerator.clip_grad_norm_([self.vectors], self.config.clip)
         self.optimiser.step()
         self.schedule.step()
-        return _summary("train", [p[0] for p in parts], [p[1] for p in parts])
+        return Step(0, "train", safe, refusal)
 
     @torch.no_grad()
     def _validate(self) -> Step:
         indices = thin(list(range(self.corpus.size("validation"))), self.config.validation_prompts)
         take = len(indices)
-        prefix = run_prefix(self.base, self.chat, self.vectors)
-        parts = []
+        losses, probes = [], []
         for start in range(0, take, self.config.batch_size):
             examples = self.corpus.examples("validation", indices[start : start + self.config.batch_size])
-            parts.append(self._losses(prefix, examples, 0, take))
-        entry = _summary("validation", [p[0] for p in parts], [p[1] for p in parts])._replace(step=self.step)
+            batch, first = self._batch(examples, 0, take)
+            losses.append(self.objective(batch, self.config.length))
+            probes.append(_probe(batch, first))
+        probe = _Probe(*map(sum, zip(*probes, strict=True)))
+        entry = Step(
+            self.step,
+            "validation",
+            sum(part.safe.item() for part in losses),
+            sum(part.refusal.item() for part in losses),
+            probe.token_tv / max(probe.tokens, 1),
+            probe.refuses / max(probe.refused, 1),
+            probe.over_refuses / max(probe.answered, 1),
+        )
         loss = self.config.safe_weight * entry.safe + self.config.refusal_weight * entry.refusal
         self.since_best += 1
         if loss < self.best_loss:
@@ -164,27 +174,28 @@ class _Trainer:
             self.best = self.vectors.detach().clone()
         return entry
 
-    def _losses(self, prefix: Any, examples: Sequence[Example], epoch: int, prompts: int) -> tuple[Losses, "_Facts"]:
-        """Both branches of some examples in one forward pass of the student and one of the base."""
+    def _batch(self, examples: Sequence[Example], epoch: int, prompts: int) -> tuple[Batch, Tensor]:
+        """Both branches of some examples, by one pass of the student and, unless the corpus kept its states, one of the base.
+
+        Also returns the student's last hidden states that predict the rows' first tokens, (S + R, hidden).
+        """
         encoded = [self.chat.encode(e.prompt) for e in examples]
         drawn = [e.responses[epoch % len(e.responses)] for e in examples]
         safe = [i for i, draw in enumerate(drawn) if draw.keep > _NO_WEIGHT]
         refused = [i for i, e in enumerate(examples) if e.refusal_rate > _NO_WEIGHT]
         responses = [list(drawn[i].ids) for i in safe]
-        rows = align(
-            [encoded[i] for i in safe + refused],
-            [ids[:-1] for ids in responses] + [self.refusal[:-1]] * len(refused),
-            self.base.pad_id,
-            self.base.device,
-        )
-        keep = 1 + max(len(ids) - 1 for ids in [*responses, *([self.refusal] if refused else [])])
-        student = continuation_logits(self.base, prefix, rows, keep).log_softmax(-1)  # (rows, keep, vocabulary)
-        device, width = student.device, max(map(len, responses), default=1)
-        with torch.no_grad():
-            teacher = student[:0, :width]
-            if safe:
-                safe_rows = rows._replace(ids=rows.ids[: len(safe)], mask=rows.mask[: len(safe)])
-                teacher = continuation_logits(self.base, self.teacher_prefix, safe_rows, keep).log_softmax(-1)[:, :width]
+        answers = responses + [self.refusal] * len(refused)
+        rows = [encoded[i] + answer[:-1] for i, answer in zip(safe + refused, answers, strict=True)]
+        wanted = [len(answer) for answer in answers]
+        prefix = prefix_embeddings(self.base, self.chat, self.vectors)
+        hidden = packed_hidden(self.base, prefix, rows, wanted)
+        head = self.base.head
+        student = _padded(hidden[: len(safe)], hidden[0])
+        teacher = [draw.hidden.to(head) for draw in (drawn[i] for i in safe) if draw.hidden is not None]
+        if len(teacher) < len(safe):
+            with torch.no_grad():
+                teacher = packed_hidden(self.base, self.teacher_prefix, rows[: len(safe)], wanted[: len(safe)])
+        device, width = student.device, student.shape[1]
         response = torch.zeros(len(safe), width, dtype=torch.long, device=device)
         mask = torch.zeros(len(safe), width, device=device)
         for row, ids in enumerate(responses):
@@ -194,21 +205,25 @@ class _Trainer:
         def numbers(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)
 
-        target = torch.tensor(self.refusal, device=device).expand(len(refused), -1)
+        target = torch.tensor(self.refusal * len(refused), device=device, dtype=torch.long)
+        refusals = per_token(
+            lambda log_q, at: selected(log_q, target[at]), torch.cat([hidden[0][:0], *hidden[len(safe) :]]), head
+        )
         batch = Batch(
-            student=student[: len(safe), :width],
-            teacher=teacher,
+            student=student,
+            teacher=_padded(teacher, hidden[0]),
+            head=head,
             response=response,
             mask=mask,
             p_safe=numbers([drawn[i].keep for i in safe]),
             first_rate=numbers([examples[i].refusal_rate for i in safe]),
-            refusal=selected(student[len(safe) :, : len(self.refusal)], target),
+            refusal=refusals.view(len(refused), len(self.refusal)),
             refusal_rate=numbers([examples[i].refusal_rate for i in refused]),
             refusal_token=torch.tensor(self.refusal[0], device=device),
             prompts=prompts,
             drift_weight=self.config.drift_weight,
         )
-        return self.objective(batch, self.config.length), _facts_of(batch, student[:, 0].argmax(-1), len(safe))
+        return batch, torch.stack([row[0] for row in hidden])
 
     def _resume(self) -> None:
         """Take up the checkpoint, if there is one, and drop log lines written after it."""
@@ -262,55 +277,34 @@ class _Trainer:
                 old.unlink()
 
 
-class _Facts(NamedTuple):
-    """Sums over some rows, from which a log line is made."""
+class _Probe(NamedTuple):
+    """Sums over some rows, from which a line of validation is made."""
 
     token_tv: float
-    tokens: float
+    tokens: int
     refuses: int
     refused: int
     over_refuses: int
     answered: int
 
 
-def _facts_of(batch: Batch, first: Tensor, safe: int) -> _Facts:
-    with torch.no_grad():
-        begins = first == batch.refusal_token
-        kept, refused = batch.p_safe > 0.5, batch.refusal_rate > 0.5
-        weight = batch.mask * kept[:, None]
-        return _Facts(
-            float((token_tv(batch.teacher, batch.student) * weight).sum()),
-            float(weight.sum()),
-            int((begins[safe:] & refused).sum()),
-            int(refused.sum()),
-            int((begins[:safe] & kept).sum()),
-            int(kept.sum()),
-        )
-
-
-def _summary(kind: str, losses: list[Losses], facts: list[_Facts]) -> Step:
-    total = _Facts(*map(sum, zip(*facts, strict=True)))
-    return Step(
-        step=0,
-        kind=kind,
-        safe=sum(float(part.safe.detach()) for part in losses),
-        refusal=sum(float(part.refusal.detach()) for part in losses),
-        token_tv=total.token_tv / max(total.tokens, 1),
-        refuses=total.refuses / max(total.refused, 1),
-        over_refuses=total.over_refuses / max(total.answered, 1),
+def _probe(batch: Batch, first: Tensor) -> _Probe:
+    begins = log_law(first, batch.head).argmax(-1) == batch.refusal_token
+    safe, kept, refused = len(batch.p_safe), batch.p_safe > 0.5, batch.refusal_rate > 0.5
+    drift = divergences(token_tv, batch)[kept]
+    return _Probe(
+        float(drift.sum()),
+        int(batch.mask[kept].sum()),
+        int((begins[safe:] & refused).sum()),
+        int(refused.sum()),
+        int((begins[:safe] & kept).sum()),
+        int(kept.sum()),
     )
 
 
-def _detach(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Cut `cache` off its graph; returns pairs (tensor of the graph, leaf that took its place and gathers its gradient)."""
-    pairs = []
-    for layer in cache.layers:
-        for name in ("keys", "values"):
-            whole = getattr(layer, name)
-            leaf = whole.detach().requires_grad_()
-            setattr(layer, name, leaf)
-            pairs.append((whole, leaf))
-    return pairs
+def _padded(rows: list[Tensor], like: Tensor) -> Tensor:
+    """(rows, longest row, hidden) hidden states, padded with 0."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else like.new_zeros(0, 1, like.shape[-1])
 
 
 def _batches(refusal_rates: np.ndarray[Any, np.dtype[np.float64]], size: int, seed: int) -> Iterator[tuple[list[int], int]]:

@@ -4,6 +4,8 @@ P is the teacher, q the student, p the base model, α the guard's p(safe), U the
 Equation numbers are those of arXiv 2606.09388.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,20 @@ def token_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(log_p == -torch.inf, 0.0, terms).sum(-1)  # 0·log 0 = 0, also where the student forbids the token too
 
 
+def token_jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Jensen–Shannon divergence, ½KL(p‖m) + ½KL(q‖m) with m = (p + q)/2, in nats: (..., vocabulary) to (...) in [0, log 2]."""
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (token_kl(log_p, log_m) + token_kl(log_q, log_m)) / 2
+
+
 def selected(log_probs: Tensor, ids: Tensor) -> Tensor:
     """Log-probability of the given ids: (..., vocabulary) and (...) int64 to (...)."""
     return log_probs.gather(-1, ids[..., None]).squeeze(-1)
+
+
+def log_avoids(log_probs: Tensor, token: Tensor) -> Tensor:
+    """log(1 − q(token)): (..., vocabulary) log-probabilities and one id () to (...)."""
+    return log_probs.index_fill(-1, token.reshape(1), -torch.inf).logsumexp(-1)
 
 
 def log_hinge(log_target: Tensor, log_q: Tensor) -> Tensor:

@@ -19,6 +19,12 @@ class Response(NamedTuple):
 
     ids: tuple[int, ...]
     text: str
+    hidden: Tensor | None = None  # (tokens, hidden) last hidden states that predict `ids`, where they were asked for
+
+
+class _Token(NamedTuple):
+    id: int
+    hidden: Tensor | None  # (hidden,)
 
 
 class Engine:
@@ -40,12 +46,13 @@ class Engine:
         temperature: float = 0.0,
         seed: int = 0,
         progress: Callable[[int], None] = lambda done: None,
+        keep_hidden: bool = False,
     ) -> list[Response]:
         """Answer single-turn prompts, in their order; greedy at temperature 0.
 
         Prompts of like length run together. Sampling draws each prompt's tokens from a stream of its own, seeded by `seed`,
         the prompt and how often it came before, so that a result does not depend on its neighbours.
-        `progress` is told how many prompts each finished batch held.
+        `progress` is told how many prompts each finished batch held. `keep_hidden` also returns last hidden states.
         Raises SoftguardError for a prompt that does not fit the model's context.
         """
         encoded = [self.chat.encode(prompt) for prompt in prompts]
@@ -57,10 +64,14 @@ class Engine:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             picked = None if draws is None else torch.from_numpy(draws[batch])
-            for i, ids in zip(
-                batch, self._decode([encoded[i] for i in batch], max_new_tokens, temperature, picked), strict=True
-            ):
-                responses[i] = Response(tuple(ids), self._text(ids))
+            made: list[list[_Token]] = [[] for _ in batch]
+            for tokens in self._steps([encoded[i] for i in batch], max_new_tokens, temperature, picked, keep_hidden):
+                for row, token in tokens.items():
+                    made[row].append(token)
+            for i, answer in zip(batch, made, strict=True):
+                drawn = tuple(token.id for token in answer)
+                hidden = torch.stack([token.hidden for token in answer if token.hidden is not None]) if keep_hidden else None
+                responses[i] = Response(drawn, self._text(drawn), hidden)
             progress(len(batch))
         return [responses[i] for i in range(len(prompts))]
 
@@ -71,7 +82,7 @@ class Engine:
         made: list[int] = []
         shown = ""
         for tokens in self._steps([ids], max_new_tokens, 0.0, None):
-            made += tokens.values()
+            made += [token.id for token in tokens.values()]
             text = self._text(made)
             if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
                 yield text[len(shown) :]
@@ -88,31 +99,26 @@ class Engine:
                 f"context of {self.base.context}; shorten it"
             )
 
-    def _decode(self, prompts: Sequence[list[int]], new: int, temperature: float, draws: Tensor | None) -> list[list[int]]:
-        made: list[list[int]] = [[] for _ in prompts]
-        for tokens in self._steps(prompts, new, temperature, draws):
-            for row, token in tokens.items():
-                made[row].append(token)
-        return made
-
     @torch.inference_mode()
     def _steps(
-        self, prompts: Sequence[list[int]], new: int, temperature: float, draws: Tensor | None
-    ) -> Iterator[dict[int, int]]:
-        """Yield, step by step, the next id of every row that has not ended; ended rows leave the batch."""
+        self, prompts: Sequence[list[int]], new: int, temperature: float, draws: Tensor | None, keep_hidden: bool = False
+    ) -> Iterator[dict[int, _Token]]:
+        """Yield, step by step, the next token of every row that has not ended; ended rows leave the batch."""
         rows = align(prompts, [[]] * len(prompts), self.base.pad_id, self.base.device)
         cache = share(self.base, self.prefix, len(prompts))
         mask, positions, ids = rows.full_mask(self.prefix_length), rows.positions(self.prefix_length), rows.ids
         alive = list(range(len(prompts)))
         for step in range(new):
-            logits = self._forward(ids, mask, positions, cache)[:, -1].float()  # (alive, vocabulary)
+            output = self._forward(ids, mask, positions, cache, keep_hidden)
+            logits = output.logits[:, -1].float()  # (alive, vocabulary)
             if draws is None:
                 chosen = logits.argmax(-1)
             else:
                 u = draws[alive, step].to(logits.device)
                 chosen = _inverse_cdf((logits / temperature).softmax(-1), u)
             tokens = chosen.tolist()
-            yield dict(zip(alive, tokens, strict=True))
+            states = output.hidden_states[-1][:, -1].clone() if keep_hidden else [None] * len(tokens)
+            yield dict(zip(alive, map(_Token, tokens, states), strict=True))
             keep = [i for i, token in enumerate(tokens) if token not in self.chat.stop_ids]
             if not keep or step == new - 1:
                 return
@@ -125,16 +131,16 @@ class Engine:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions[:, -1:] + 1
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        output = self.base.model(
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, hidden: bool) -> Any:
+        return self.base.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            output_hidden_states=hidden,
         )
-        return output.logits  # type: ignore[no-any-return]
 
 
 def _streams(prompts: Sequence[str], length: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:

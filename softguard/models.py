@@ -39,6 +39,21 @@ class BaseModel:
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     @property
+    def head(self) -> torch.Tensor:
+        """The output head's weights, (vocabulary, hidden).
+
+        Raises SoftguardError for a model whose logits are more than their product with the last hidden states.
+        """
+        head, config = self.model.get_output_embeddings(), self.model.config
+        more = [k for k in ("logit_scale", "logits_scaling", "final_logit_softcapping") if getattr(config, k, None)]
+        if more or getattr(head, "bias", None) is not None:
+            raise SoftguardError(
+                f"model {self.name!r} changes its logits after the output head ({', '.join(more) or 'a bias'}); such models "
+                "cannot be trained yet"
+            )
+        return head.weight  # type: ignore[no-any-return]
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """End-of-sequence ids the model's generation settings name."""
         ids = getattr(self.model.generation_config, "eos_token_id", None)

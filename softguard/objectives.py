@@ -11,16 +11,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from softguard.divergences import P_SAFE_RANGE, log_hinge, refusal_mixture, selected, token_kl, token_tv
+from softguard.divergences import P_SAFE_RANGE, log_avoids, log_hinge, refusal_mixture, selected, token_kl, token_tv
 from softguard.errors import SoftguardError
+from softguard.kernels import log_law, per_token
 
 Length = Literal["sum", "mean"]
 
 
 class Batch(NamedTuple):
-    """Log-probabilities of one training step. S safe-branch rows, R refusal rows, T tokens, V vocabulary.
+    """What the laws of one training step are made of. S safe-branch rows, R refusal rows, T tokens, H hidden, V vocabulary.
 
-    student, teacher: (S, T, V) next-token log-laws of the student and of the base at the response's positions.
+    student, teacher: (S, T, H) last hidden states of the student and of the base that predict the response's tokens.
+    head: (V, H) frozen output head that makes next-token laws of them.
     response: (S, T) ids of y; mask: (S, T), 1 on real tokens; p_safe: (S,) α; first_rate: (S,) U of the row's prompt.
     refusal: (R, T_r) student's log-probabilities of the refusal's tokens; refusal_rate: (R,) U of the row's prompt.
     refusal_token: () first id of y_r. prompts: how many prompts the rows stand for; losses are means over prompts.
@@ -29,6 +31,7 @@ class Batch(NamedTuple):
 
     student: Tensor
     teacher: Tensor
+    head: Tensor
     response: Tensor
     mask: Tensor
     p_safe: Tensor
@@ -60,15 +63,23 @@ def tv(batch: Batch, length: Length) -> Losses:
     where a refusal has no mass yet and where it has nearly all of it; the log-hinges on refusing and on answering bound
     the TV of that decision from above and pull in both places.
     """
-    tokens = token_tv(batch.teacher, batch.student)
-    first = token_tv(
-        refusal_mixture(batch.teacher[:, 0], batch.first_rate, batch.refusal_token.expand(len(batch.p_safe))),
-        batch.student[:, 0],
-    )
-    answers = (1 - batch.first_rate).clamp(min=P_SAFE_RANGE[0]).log() + _log_answers(batch.teacher, batch)
-    later = _over_tokens(tokens[:, 1:], batch.mask[:, 1:], length)
-    decision = batch.p_safe * log_hinge(answers, _log_answers(batch.student, batch))
-    safe = decision + batch.drift_weight * (first + batch.p_safe * later)
+    real = batch.mask > 0
+    first = torch.zeros_like(real).index_fill(1, batch.refusal_token.new_zeros(1), True)
+    later = real[:, 1:].sum(-1).clamp(min=1) if length == "mean" else torch.ones_like(batch.p_safe)
+    weight = batch.drift_weight * torch.where(first, 1.0, (batch.p_safe / later)[:, None])[real]
+    rate = batch.first_rate[:, None].expand(real.shape)[real]
+    alpha = batch.p_safe[:, None].expand(real.shape)[real]
+    begins, teacher = first[real], batch.teacher[real]
+
+    def terms(log_q: Tensor, at: slice) -> Tensor:
+        log_p, where = log_law(teacher[at], batch.head), begins[at].nonzero().squeeze(-1)
+        log_first, rates = log_p[where], rate[at][where]
+        system = log_p.index_copy(0, where, refusal_mixture(log_first, rates, batch.refusal_token.expand(len(where))))
+        answers = (1 - rates).clamp(min=P_SAFE_RANGE[0]).log() + log_avoids(log_first, batch.refusal_token)
+        decision = alpha[at][where] * log_hinge(answers, log_avoids(log_q[where], batch.refusal_token))
+        return (weight[at] * token_tv(system, log_q)).index_add(0, where, decision)
+
+    safe = per_token(terms, batch.student[real], batch.head)
     rate = _clamped(batch.refusal_rate)
     refusal = batch.refusal_rate * log_hinge(rate.log(), batch.refusal.sum(-1))
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
@@ -81,7 +92,7 @@ def kl(batch: Batch, length: Length) -> Losses:
     λ = 1 their expectation over y ~ p is KL(P‖q) itself for a prompt guard.
     """
     weight = torch.full_like(batch.mask, batch.drift_weight).index_fill(1, batch.refusal_token.new_zeros(1), 1.0)
-    tokens = _over_tokens(weight * token_kl(batch.teacher, batch.student), batch.mask, length)
+    tokens = _over_tokens(weight * divergences(token_kl, batch), batch.mask, length)
     safe = batch.p_safe * (_clamped(batch.p_safe).log() + tokens)
     refusal = batch.refusal_rate * (_clamped(batch.refusal_rate).log() - _over_refusal(batch.refusal, length))
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
@@ -93,7 +104,7 @@ def tv_paper(batch: Batch, length: Length) -> Losses:
     ℓ_y and ℓ_r are the student's log-probabilities of y and y_r; length "mean" averages them over tokens, as the
     published loss curves imply, "sum" adds them up. α and 1 − α are `p_safe` of safe rows and `refusal_rate` of refusal rows.
     """
-    response = _over_tokens(selected(batch.student, batch.response), batch.mask, length)
+    response = _over_tokens(_response(batch), batch.mask, length)
     safe = batch.p_safe * log_hinge(_clamped(batch.p_safe).log(), response)
     refusal = batch.refusal_rate * log_hinge(_clamped(batch.refusal_rate).log(), _over_refusal(batch.refusal, length))
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
@@ -101,7 +112,7 @@ def tv_paper(batch: Batch, length: Length) -> Losses:
 
 def kl_paper(batch: Batch, length: Length) -> Losses:
     """KL-DiSP: eq. 4 without its two gates, −α·(ℓ_y − log α) − (1 − α)·(ℓ_r − log(1 − α)); `length` as in `tv_paper`."""
-    response = _over_tokens(selected(batch.student, batch.response), batch.mask, length)
+    response = _over_tokens(_response(batch), batch.mask, length)
     safe = batch.p_safe * (_clamped(batch.p_safe).log() - response)
     refusal = batch.refusal_rate * (_clamped(batch.refusal_rate).log() - _over_refusal(batch.refusal, length))
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
@@ -121,10 +132,20 @@ def _clamped(probability: Tensor) -> Tensor:
     return probability.clamp(*P_SAFE_RANGE)
 
 
-def _log_answers(log_probs: Tensor, batch: Batch) -> Tensor:
-    """log(1 − q(r₁)), (S,): the log-probability of not beginning with the refusal's first token."""
-    others = log_probs[:, 0].index_fill(-1, batch.refusal_token.reshape(1), -torch.inf)
-    return others.logsumexp(-1)
+def divergences(divergence: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Tensor:
+    """Divergence of base and student at the response's tokens, (S, T); 0 where there is none."""
+    real = batch.mask > 0
+    teacher = batch.teacher[real]
+    values = per_token(lambda log_q, at: divergence(log_law(teacher[at], batch.head), log_q), batch.student[real], batch.head)
+    return torch.zeros_like(batch.mask).masked_scatter(real, values)
+
+
+def _response(batch: Batch) -> Tensor:
+    """The student's log-probabilities of the response's tokens, (S, T); 0 where there is none."""
+    real = batch.mask > 0
+    ids = batch.response[real]
+    values = per_token(lambda log_q, at: selected(log_q, ids[at]), batch.student[real], batch.head)
+    return torch.zeros_like(batch.mask).masked_scatter(real, values)
 
 
 def _over_tokens(values: Tensor, mask: Tensor, length: Length) -> Tensor:

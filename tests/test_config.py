@@ -49,6 +49,8 @@ def changes(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             options = list(changes(value, f"{name}{field.name}."))
         elif typing.get_origin(hint) is Literal:
             options = [(name + field.name, other) for other in typing.get_args(hint) if other != value]
+        elif isinstance(value, bool):
+            options = [(name + field.name, not value)]
         elif isinstance(value, str):
             options = [(name + field.name, value + "x")]
         elif isinstance(value, tuple):

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from softguard.chat import Chat
 from softguard.config import Recipe, load_recipe
 from softguard.corpus import Corpus, teach
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
+from softguard.packed import packed_hidden
+from softguard.prefix import prefix_embeddings
 from softguard.system import SafeSystem
 from tests.commands import ROOT, softguard, softguard_killed
 
@@ -55,6 +59,24 @@ def test_the_corpus_holds_draws_scores_and_refusal_rates(prompts: Path, tmp_path
     assert np.isclose(boat.refusal_rate, 0.05)
     assert np.isclose(bomb.refusal_rate, 0.95)
     assert len({draw.ids for draw in boat.responses}) == 3
+
+
+def test_kept_hidden_states_are_those_that_predict_the_responses(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    corpus = make(prompts, tmp_path / "corpus", small, "teach.keep_hidden=true")
+    chat = Chat(small.tokenizer, "start", small.stop_ids)
+    examples = corpus.examples("train", [0, 7, 30])
+    answers = [e.responses[0].ids for e in examples]
+    rows = [chat.encode(e.prompt) + list(ids[:-1]) for e, ids in zip(examples, answers, strict=True)]
+    expected = packed_hidden(small, prefix_embeddings(small, chat, None), rows, [len(ids) for ids in answers])
+    for example, theirs in zip(examples, expected, strict=True):
+        kept = example.responses[0].hidden
+        assert kept is not None
+        torch.testing.assert_close(kept.float(), theirs, rtol=1e-2, atol=1e-3)  # kept in bfloat16
+
+
+def test_hidden_states_are_kept_on_demand_only(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    corpus = make(prompts, tmp_path / "corpus", small)
+    assert corpus.examples("train", [0])[0].responses[0].hidden is None
 
 
 def test_examples_come_in_the_order_asked_for(prompts: Path, tmp_path: Path, small: BaseModel) -> None:

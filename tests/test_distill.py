@@ -94,6 +94,20 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+def test_a_corpus_with_the_bases_hidden_states_gives_the_same_gradient(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    wanted = recipe(prompts, "teach.keep_hidden=true")
+    kept = teach(wanted, tmp_path / "kept", small, SafeSystem.from_config(wanted.system))
+    gradients = []
+    for source in (corpus, kept):
+        trainer = _Trainer(recipe(prompts, "distil.clip=1e9"), source, tmp_path, small)
+        trainer._train_step(list(range(6)), 0)
+        assert trainer.vectors.grad is not None
+        gradients.append(trainer.vectors.grad.clone())
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-3 * float(gradients[0].abs().max()))  # kept in bfloat16
+
+
 def test_training_stops_when_validation_no_longer_improves(
     prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
 ) -> None:

@@ -65,6 +65,7 @@ def to_batch(case: Case) -> Batch:
     return Batch(
         student=number(case.student).log(),
         teacher=number(case.teacher).log().clamp(min=NEVER),
+        head=torch.eye(5, dtype=torch.float64),  # hidden states are log-probabilities here
         response=torch.tensor(case.response),
         mask=number([[float(t < n) for t in range(4)] for n in case.lengths]),
         p_safe=number(case.p_safe),
@@ -261,6 +262,7 @@ def toy_batch(toy: Toy, log_first: Tensor, log_second: Tensor) -> Batch:
     return Batch(
         student=torch.stack([log_first.expand(n, -1), log_second[heads]], dim=1),
         teacher=torch.stack([p_first.expand(n, -1), p_second[heads]], dim=1),
+        head=torch.eye(3, dtype=torch.float64),
         response=torch.tensor(pairs),
         mask=torch.ones(n, 2, dtype=torch.float64),
         p_safe=1 - rate,
@@ -300,6 +302,7 @@ def test_kl_is_the_divergence_of_single_token_systems(seed: int, alpha: float) -
     batch = Batch(
         student=log_q[None, None],
         teacher=p.log().clamp(min=NEVER)[None, None],
+        head=torch.eye(4, dtype=torch.float64),
         response=torch.tensor([[1]]),
         mask=torch.ones(1, 1, dtype=torch.float64),
         p_safe=torch.tensor([alpha], dtype=torch.float64),
@@ -348,6 +351,7 @@ def two_answers(refuse: float, alpha: float, y_tokens: int, r_tokens: int) -> Ba
     return Batch(
         student=student,
         teacher=teacher,
+        head=torch.eye(size, dtype=torch.float64),
         response=torch.full((1, y_tokens), y),
         mask=torch.ones(1, y_tokens, dtype=torch.float64),
         p_safe=1 - rate,
@@ -474,6 +478,7 @@ def test_impossible_log_probabilities_leave_losses_and_gradients_finite(name: st
     made = batch._replace(
         student=logits.log_softmax(-1),
         teacher=batch.teacher.float(),
+        head=batch.head.float(),
         mask=batch.mask.float(),
         p_safe=torch.tensor([0.0, 0.5, 1.0]),
         first_rate=torch.tensor([1.0, 0.5, 0.0]),

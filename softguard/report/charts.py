@@ -119,7 +119,7 @@ def training_panels(log: Sequence[Mapping[str, Any]]) -> list[Panel]:
             percent=True,
             whole=True,
         ),
-        panel("Token TV to the base", [(label, kind, kind, "token_tv") for label, kind in both], percent=True),
+        panel("Token TV to the base, validation", [("validation", "validation", "validation", "token_tv")], percent=True),
     ]
 
 

@@ -1,0 +1,103 @@
+"""Drawing answers beside transformers `generate`, each at its best batch size: tokens a second, up to 64 tokens a prompt.
+
+    python -m benchmarks.draw [--rounds 5] [--threads 2] [--prompts 256] [--peer-prompts 64]
+
+Both sample at temperature 1 from SmolLM2-135M-Instruct in bfloat16 where the processor multiplies it, on packaged prompts.
+`generate` gets a share of the prompts, whose speed a prompt does not depend on how many there are; its batch size is chosen
+by a trial of one batch each.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.record import alternate, arguments, keep, machine
+from softguard.chat import Chat, align
+from softguard.engine import Engine
+from softguard.models import BaseModel, load_base
+from softguard.prompts import packaged_suite, thin
+
+TOKENS = 64
+SIZES = (1, 4, 8, 16, 32, 64)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--peer-prompts", type=int, default=64)
+    options = parser.parse_args()
+    before = machine(options.threads)
+    base = load_base(dtype="auto")
+    texts = [p.text for suite in ("harmful", "contrast", "everyday") for p in packaged_suite(suite, "train")]
+    texts = thin(texts, options.prompts)
+    engine = Engine(base, Chat(base.tokenizer, "start", base.stop_ids))
+    ours, our_trials = _best(lambda size, some: draw(engine, some, size), texts)
+    peer, peer_trials = _best(lambda size, some: generate(base, engine.chat, some, size), texts)
+    made: dict[str, list[int]] = {"softguard": [], "transformers generate": []}
+    timings = alternate(
+        {
+            "softguard": lambda: made["softguard"].append(draw(engine, texts, ours)),
+            "transformers generate": lambda: made["transformers generate"].append(
+                generate(base, engine.chat, thin(texts, options.peer_prompts), peer)
+            ),
+        },
+        options.rounds,
+    )
+    speed = {name: made[name][-1] / timing.median for name, timing in timings.items()}
+    rows = [
+        {
+            "side": name,
+            "batch": {"softguard": ours}.get(name, peer),
+            "tokens": made[name][-1],
+            **timing.row(),
+            "tokens_per_second": round(speed[name], 1),
+            "over_generate": round(speed[name] / speed["transformers generate"], 2),
+        }
+        for name, timing in timings.items()
+    ]
+    keep("draw", rows, before, prompts=len(texts), trials={"softguard": our_trials, "transformers generate": peer_trials})
+
+
+def draw(engine: Engine, texts: list[str], size: int) -> int:
+    """Tokens drawn by the engine."""
+    return sum(len(r.ids) for r in engine.generate(texts, TOKENS, size, temperature=1.0))
+
+
+@torch.inference_mode()
+def generate(base: BaseModel, chat: Chat, texts: list[str], size: int) -> int:
+    """Tokens drawn by transformers, up to and with each answer's end; like lengths run together."""
+    whole = sorted((list(chat.prefix.before + chat.prefix.after) + chat.encode(t) for t in texts), key=len)
+    made = 0
+    for start in range(0, len(whole), size):
+        batch = whole[start : start + size]
+        rows = align(batch, [[]] * len(batch), base.pad_id, base.device)
+        out: Any = base.model.generate(
+            input_ids=rows.ids,
+            attention_mask=rows.mask,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=TOKENS,
+            pad_token_id=base.pad_id,
+        )
+        for row in out[:, rows.ids.shape[1] :].tolist():
+            ends = [i for i, token in enumerate(row) if token in base.stop_ids]
+            made += ends[0] + 1 if ends else len(row)
+    return made
+
+
+def _best(run: Callable[[int, list[str]], int], texts: list[str]) -> tuple[int, dict[int, float]]:
+    """The batch size with the most tokens a second, and those of all."""
+    speeds = {}
+    for size in SIZES:
+        some = thin(texts, size)
+        begin = time.perf_counter()
+        speeds[size] = round(run(size, some) / (time.perf_counter() - begin), 1)
+    return max(speeds, key=lambda s: speeds[s]), speeds
+
+
+if __name__ == "__main__":
+    main()

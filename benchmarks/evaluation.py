@@ -1,0 +1,77 @@
+"""Greedy answers for an evaluation beside lm-eval's `hf` model: prompts a minute, up to 64 tokens each.
+
+    python -m benchmarks.evaluation [--rounds 5] [--threads 2] [--prompts 200]
+
+lm-eval gets the same templated prompts, the same weights and the fastest of some batch sizes, found by a trial.
+"""
+
+import time
+from typing import Any
+
+from benchmarks.record import alternate, arguments, keep, machine
+from softguard.chat import Chat
+from softguard.engine import Engine
+from softguard.models import BaseModel, load_base
+from softguard.prompts import packaged_suite, thin
+
+TOKENS = 64
+SIZES = (1, 4, 8, 16, 32)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--prompts", type=int, default=200)
+    options = parser.parse_args()
+    before = machine(options.threads)
+    base = load_base(dtype="auto")
+    texts = [p.text for suite in ("harmful", "contrast", "everyday") for p in packaged_suite(suite, "test")]
+    texts = thin(texts, options.prompts)
+    engine = Engine(base, Chat(base.tokenizer, "start", base.stop_ids))
+    trials = {}
+    for size in SIZES:
+        model, some = _lm_eval(base, size), thin(texts, 2 * size)
+        begin = time.perf_counter()
+        _answer(model, base, some)
+        trials[size] = round(60 * len(some) / (time.perf_counter() - begin), 1)
+    best = max(trials, key=lambda size: trials[size])
+    model = _lm_eval(base, best)
+    timings = alternate(
+        {
+            "softguard": lambda: engine.generate(texts, TOKENS),
+            "lm-eval hf": lambda: _answer(model, base, texts),
+        },
+        options.rounds,
+    )
+    rows = [
+        {
+            "side": name,
+            **timing.row(),
+            "prompts_per_minute": round(60 * len(texts) / timing.median, 1),
+            "over_lm_eval": round(timings["lm-eval hf"].median / timing.median, 2),
+        }
+        for name, timing in timings.items()
+    ]
+    keep("evaluation", rows, before, prompts=len(texts), lm_eval_batch=best, lm_eval_trials=trials)
+
+
+def _lm_eval(base: BaseModel, size: int) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=size)
+
+
+def _answer(model: Any, base: BaseModel, texts: list[str]) -> None:
+    from lm_eval.api.instance import Instance
+
+    settings = {"until": ["<|im_end|>"], "do_sample": False, "max_gen_toks": TOKENS}
+    requests = []
+    for number, text in enumerate(texts):
+        prompt = base.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        requests.append(Instance("generate_until", {}, (prompt, settings), number))
+    model.generate_until(requests, disable_tqdm=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Time to first token and decoding speed with 100 soft vectors beside other ways to the same end.
+
+    python -m benchmarks.latency [--rounds 7] [--threads 2]
+
+Batch 1, greedy, 32 tokens. The text instruction is read anew at every request, as
+without a prefix cache it must be. The
+dual-model systems: the bundled guard (22.7 M weights) asked of the prompt before the base begins; the same guard asked of
+the finished answer, before which nothing may be shown; and a guard of the base's own size that reads prompt and policy
+(256 tokens) first, as generative guards do.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.record import arguments, keep, machine
+from softguard.adapters import initial_vectors
+from softguard.chat import Chat, Turn
+from softguard.config import DEFAULT_INSTRUCTION, SystemConfig
+from softguard.engine import Engine
+from softguard.models import BaseModel, load_base
+from softguard.system import SafeSystem
+
+PROMPT = "Explain in a few sentences why the sky is blue during the day and red in the evening."
+VECTORS, TOKENS, GUARD_TOKENS = 100, 32, 256
+
+Timed = tuple[float, float, int]  # seconds to the first token, seconds in all, tokens
+
+
+def main() -> None:
+    options = arguments(__doc__, rounds=7).parse_args()
+    before = machine(options.threads)
+    base = load_base(dtype="auto")
+    sides = _sides(base)
+    times: dict[str, list[Timed]] = {name: [] for name in sides}
+    for round_ in range(options.rounds + 1):
+        for name, side in sides.items():
+            timed = side()
+            if round_:  # the first warms up
+                times[name].append(timed)
+    rows: list[dict[str, Any]] = []
+    for name, timed_rounds in times.items():
+        first = sorted(t[0] for t in timed_rounds)
+        rate = sorted((t[2] - 1) / (t[1] - t[0]) for t in timed_rounds if t[1] > t[0])
+        rows.append(
+            {
+                "side": name,
+                "first_token_ms_median": round(1000 * first[len(first) // 2], 1),
+                "first_token_ms_min": round(1000 * first[0], 1),
+                "first_token_ms_max": round(1000 * first[-1], 1),
+                "tokens_per_second_median": round(rate[len(rate) // 2], 2) if rate else "",
+                "rounds": options.rounds,
+            }
+        )
+    own = next(r for r in rows if r["side"] == f"softguard, {VECTORS} vectors")
+    for row in rows:
+        row["first_token_over_softguard"] = round(row["first_token_ms_median"] / own["first_token_ms_median"], 2)
+    keep("latency", rows, before, vectors=VECTORS, tokens=TOKENS, guard_tokens=GUARD_TOKENS)
+
+
+def _sides(base: BaseModel) -> dict[str, Callable[[], Timed]]:
+    chat = Chat(base.tokenizer, "start", base.stop_ids)
+    vectors = initial_vectors(base, DEFAULT_INSTRUCTION, VECTORS)
+    alone, soft = Engine(base, chat), Engine(base, chat, vectors)
+    guard = SafeSystem.from_config(SystemConfig())
+    ids = torch.tensor([[*chat.prefix.before, *chat.prefix.after, *chat.encode(PROMPT)]])
+    policy = " ".join([DEFAULT_INSTRUCTION] * 20)
+
+    def stream(engine: Engine, *turns: Turn) -> Timed:
+        begin = time.perf_counter()
+        pieces = engine.stream(turns, TOKENS)
+        next(pieces)
+        first = time.perf_counter() - begin
+        made = 1 + sum(1 for _ in pieces)
+        return first, time.perf_counter() - begin, made
+
+    def after_prompt_guard() -> Timed:
+        begin = time.perf_counter()
+        guard.p_safe([PROMPT], [""])
+        asked = time.perf_counter() - begin
+        first, whole, made = stream(alone, Turn("user", PROMPT))
+        return asked + first, asked + whole, made
+
+    def after_response_guard() -> Timed:
+        _, whole, made = stream(alone, Turn("user", PROMPT))
+        begin = time.perf_counter()
+        guard.p_safe([PROMPT], ["a word " * TOKENS])
+        whole += time.perf_counter() - begin
+        return whole, whole, made  # nothing is shown before the guard has spoken
+
+    @torch.inference_mode()
+    def after_large_guard() -> Timed:
+        begin = time.perf_counter()
+        base.model(input_ids=policy_ids, logits_to_keep=1)
+        asked = time.perf_counter() - begin
+        first, whole, made = stream(alone, Turn("user", PROMPT))
+        return asked + first, asked + whole, made
+
+    policy_ids = torch.tensor([chat.plain_ids(policy)[:GUARD_TOKENS]])
+    assert policy_ids.shape[1] == GUARD_TOKENS
+    instruction = chat.decode(chat.plain_ids(policy)[:VECTORS])
+    return {
+        "base alone": lambda: stream(alone, Turn("user", PROMPT)),
+        f"softguard, {VECTORS} vectors": lambda: stream(soft, Turn("user", PROMPT)),
+        "peft generate": _peft(vectors, ids, base),
+        f"text instruction of {VECTORS} tokens": lambda: stream(alone, Turn("user", instruction + PROMPT)),
+        "system, bundled prompt guard": after_prompt_guard,
+        "system, bundled response guard": after_response_guard,
+        "system, prompt guard of the base's size": after_large_guard,
+    }
+
+
+def _peft(vectors: torch.Tensor, ids: torch.Tensor, base: BaseModel) -> Callable[[], Timed]:
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers.generation.streamers import BaseStreamer
+
+    own = load_base(dtype="auto")  # PEFT wraps the model it is given
+    model = get_peft_model(own.model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VECTORS))
+    model.prompt_encoder["default"].embedding.weight.data.copy_(vectors)
+
+    class Clock(BaseStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, value: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    @torch.inference_mode()
+    def generate() -> Timed:
+        clock, begin = Clock(), time.perf_counter()
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            streamer=clock,
+            pad_token_id=base.pad_id,
+        )
+        made = clock.times[1:]  # the first is the prompt
+        return made[0] - begin, made[-1] - begin, len(made)
+
+    return generate
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""One training step beside PEFT prompt tuning with TRL's losses, and beside its own matrix products.
+
+    python -m benchmarks.step [--rounds 5] [--threads 2] [--batch 8] [--prompt 60] [--response 64]
+
+Every side: SmolLM2-135M-Instruct, the same tokens, 32 soft vectors, answers alone (no refusals), forward KL to the frozen
+base, backward and optimiser step; drawing is in none. "kept": the base's hidden states are in the corpus, so that no side
+of ours runs the base. "products" replays the matrix products our step made, shape by shape and in its precision, alone.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.record import alternate, arguments, keep, machine
+from softguard.config import load_recipe
+from softguard.corpus import Corpus, Draw, Example
+from softguard.distill import _Trainer
+from softguard.models import BaseModel, load_base
+from softguard.packed import packed_hidden
+
+N_SOFT = 32
+_PRODUCTS = [
+    getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm")
+]  # what linear layers and attention come down to
+
+
+class Shape(NamedTuple):
+    """Rows, tokens of a prompt with its template, tokens of a response."""
+
+    batch: int
+    prompt: int
+    response: int
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=60)
+    parser.add_argument("--response", type=int, default=64)
+    options = parser.parse_args()
+    before = machine(options.threads)
+    shape = Shape(options.batch, options.prompt, options.response)
+    rows = []
+    for dtype in ("bfloat16", "float32"):
+        sides = _sides(shape, dtype)
+        timings = alternate(sides, options.rounds)
+        for name, timing in timings.items():
+            rows.append(
+                {
+                    "dtype": dtype,
+                    "side": name,
+                    **timing.row(),
+                    "over_softguard": round(timing.median / timings["softguard"].median, 2),
+                    "memory_over_softguard": round(timing.memory / max(timings["softguard"].memory, 1), 2),
+                }
+            )
+            print(rows[-1], flush=True)
+    keep("step", rows, before, **shape._asdict(), n_soft=N_SOFT)
+
+
+def _sides(shape: Shape, dtype: str) -> dict[str, Callable[[], Any]]:
+    base = load_base(dtype=dtype)
+    trainer, kept = (our_trainer(base, shape, keep_hidden) for keep_hidden in (False, True))
+    ours = partial(trainer._train_step, list(range(shape.batch)), 0)
+    from_corpus = partial(kept._train_step, list(range(shape.batch)), 0)
+    return {
+        "softguard": ours,
+        "softguard, kept": from_corpus,
+        "products of softguard": products(base, ours),
+        "products of softguard, kept": products(base, from_corpus),
+        "peft + trl GKD loss": peft_gkd(load_base(dtype=dtype), shape),
+        "peft + trl SDFTTrainer": sdft(load_base(dtype=dtype), shape),
+    }
+
+
+def our_trainer(base: BaseModel, shape: Shape, keep_hidden: bool) -> _Trainer:
+    """A trainer whose corpus is `shape.batch` random answers to prompts of one length."""
+    recipe = load_recipe(None, ["distil.objective=kl", f"distil.n_soft={N_SOFT}", f"distil.batch_size={shape.batch}"])
+    trainer = _Trainer(recipe, cast(Corpus, _Answers([])), Path("unused"), base)
+    prompt = next(t for n in range(shape.prompt) if len(trainer.chat.encode(t := " ".join(["the"] * n))) == shape.prompt)
+    answers = random_ids(shape.batch, shape.response)
+    states: list[Tensor | None] = [None] * shape.batch
+    if keep_hidden:
+        rows = [trainer.chat.encode(prompt) + ids[:-1] for ids in answers]
+        with torch.no_grad():
+            states = list(packed_hidden(base, trainer.teacher_prefix, rows, [shape.response] * shape.batch))
+    examples = [Example(prompt, "", 0.0, (Draw(tuple(ids), 1.0, 1.0, h),)) for ids, h in zip(answers, states, strict=True)]
+    trainer.corpus = cast(Corpus, _Answers(examples))
+    return trainer
+
+
+@dataclass
+class _Answers:
+    """As much of a corpus as a step asks for."""
+
+    all: list[Example]
+    fingerprint: str = ""
+
+    def examples(self, split: str, indices: list[int]) -> list[Example]:
+        return [self.all[i] for i in indices]
+
+
+def random_ids(rows: int, tokens: int) -> list[list[int]]:
+    """Ids that are no control tokens."""
+    return torch.randint(100, 40_000, (rows, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def products(base: BaseModel, step: Callable[[], Any]) -> Callable[[], None]:
+    """The matrix products `step` makes, to be made again with random numbers of the same shapes, strides and dtypes."""
+    seen: list[tuple[Any, list[Tensor]]] = []
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in _PRODUCTS:
+                seen.append((function, [a.detach() for a in args if isinstance(a, Tensor)]))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():  # type: ignore[no-untyped-call]
+        step()
+    weights = {parameter.data_ptr() for parameter in base.model.parameters()}
+    made: dict[Any, Tensor] = {}
+
+    def like(tensor: Tensor) -> Tensor:
+        key = (tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in made:
+            made[key] = torch.empty_strided(*key[:2], dtype=tensor.dtype).normal_()
+        return made[key]
+
+    # weights stay the model's own: read from memory in turn, as the step reads them
+    calls = [(f, [a if a.data_ptr() in weights else like(a) for a in tensors]) for f, tensors in seen]
+
+    @torch.no_grad()
+    def replay() -> None:
+        for function, tensors in calls:
+            function(*tensors)
+
+    return replay
+
+
+def peft_gkd(base: BaseModel, shape: Shape) -> Callable[[], None]:
+    """Student and base with logits at all positions, and TRL's GKD loss at those of the responses."""
+    from trl.experimental.gkd import GKDTrainer
+
+    model, optimiser = _prompt_tuned(base)
+    prompts = torch.tensor(random_ids(shape.batch, _template(base) + shape.prompt))
+    ids = torch.cat([prompts, torch.tensor(random_ids(shape.batch, shape.response))], dim=1)
+    mask = torch.ones_like(ids)
+
+    def step() -> None:
+        optimiser.zero_grad()
+        student = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, N_SOFT:]
+        with torch.no_grad(), model.disable_adapter():
+            teacher = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        answers = slice(prompts.shape[1] - 1, -1)
+        loss = GKDTrainer.generalized_jsd_loss(student[:, answers], teacher[:, answers], beta=0.0)
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+def sdft(base: BaseModel, shape: Shape) -> Callable[[], None]:
+    """TRL's trainer on a batch that is already drawn: full logits at the responses, the base as teacher."""
+    from datasets import Dataset
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    model, optimiser = _prompt_tuned(base)
+    prompts = torch.tensor(random_ids(shape.batch, _template(base) + shape.prompt))
+    answers = torch.tensor(random_ids(shape.batch, shape.response))
+    batch = {
+        "prompt_ids": prompts,
+        "prompt_mask": torch.ones_like(prompts),
+        "completion_ids": answers,
+        "completion_mask": torch.ones_like(answers),
+        "teacher_input_ids": torch.cat([prompts, answers], dim=1),
+        "teacher_attention_mask": torch.ones(shape.batch, prompts.shape[1] + shape.response, dtype=torch.long),
+    }
+    args = SDFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        distillation_mode="full_logits",
+        distillation_alpha=0.0,
+        per_device_train_batch_size=shape.batch,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+        bf16=False,
+    )
+    rows = Dataset.from_list([{"prompt": "x", "privileged_context": "x"}] * shape.batch)
+    trainer = SDFTTrainer(model=model, args=args, train_dataset=rows, processing_class=base.tokenizer)
+    trainer.current_gradient_accumulation_steps = 1
+
+    def step() -> None:
+        optimiser.zero_grad()
+        trainer.compute_loss(model, batch).backward()
+        optimiser.step()
+
+    return step
+
+
+def _prompt_tuned(base: BaseModel) -> tuple[Any, torch.optim.Optimizer]:
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(base.model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N_SOFT))
+    return model, torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+
+def _template(base: BaseModel) -> int:
+    """Tokens of the template before the prompt, which peers run once a row."""
+    from softguard.chat import Chat
+
+    prefix = Chat(base.tokenizer, "start", base.stop_ids).prefix
+    return len(prefix.before) + len(prefix.after)
+
+
+if __name__ == "__main__":
+    main()

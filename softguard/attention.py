@@ -1,0 +1,128 @@
+"""Attention over one flat sequence: a prefix, then rows that all continue it and do not see each other. No row is padded
+outside of it, and the prefix's keys and values are there once.
+
+Attention's weights are small beside its inputs in training, so they are kept for the backward pass, which is written out.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout:
+    """Where the tokens of P prefix positions and B rows of at most T tokens stand in the flat sequence.
+
+    Attention's own order is (key heads, B, queries' heads a key head, T), rows padded on the right.
+    own: (B, 1, T, T) added to scores within a row; causal: (P, P) added to scores within the prefix.
+    """
+
+    def __init__(self, prefix: int, lengths: Sequence[int], like: Tensor) -> None:
+        """For rows of `lengths` tokens, and tensors of the dtype and on the device of `like`."""
+        self.prefix, self.rows, self.width = prefix, len(lengths), max(lengths)
+        position, size = torch.arange(self.width), torch.tensor(lengths)
+        there = position < size[:, None]  # (B, T)
+        hidden = (position > position[:, None]) | ~there[:, None]  # (B, T, T)
+        low = torch.finfo(like.dtype).min
+
+        def scores(hidden: Tensor) -> Tensor:
+            return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, low).to(like.device)
+
+        self.own, self.causal = scores(hidden)[:, None], scores(torch.ones(prefix, prefix).triu(1).bool())
+        self.tokens = prefix + int(size.sum())
+        self._device = like.device
+        self._token = prefix + torch.where(there, (size.cumsum(0) - size)[:, None] + position, 0)  # (B, T)
+        self._real = there.flatten().nonzero().squeeze(-1)  # of B·T
+        self._orders: dict[tuple[int, int], _Order] = {}
+
+    def order(self, heads: int, groups: int) -> "_Order":
+        """Indices for tensors of so many heads that share `groups` key heads."""
+        if (heads, groups) not in self._orders:
+            head = torch.arange(heads).view(groups, 1, -1, 1)
+            spread = self._token[:, None] * heads + head  # (groups, B, heads a group, T)
+            place = torch.arange(spread.numel()).view(spread.shape)
+            gather = place.permute(1, 3, 0, 2).flatten(0, 1)[self._real]
+            pads = place.permute(1, 3, 0, 2).flatten(0, 1)[_others(self._real, self.rows * self.width)]
+            self._orders[heads, groups] = _Order(*(i.flatten().to(self._device) for i in (spread, gather, pads)))
+        return self._orders[heads, groups]
+
+
+class _Order(NamedTuple):
+    spread: Tensor  # of attention's order, into (tokens, heads)
+    gather: Tensor  # of (tokens of rows, heads), into attention's order
+    pads: Tensor  # of the padding, in attention's order
+
+
+def _others(some: Tensor, count: int) -> Tensor:
+    return torch.ones(count, dtype=torch.bool).index_fill_(0, some, False).nonzero().squeeze(-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, at: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Softmax attention in a `Layout`: (tokens, heads, width) queries, (tokens, key heads, width) keys and values.
+
+    Returns (tokens, heads, width) and what `attend_backward` needs.
+    """
+    groups = k.shape[1]
+    q = q * scaling
+    qp, kp, vp = (_prefix(x, groups, at) for x in (q, k, v))
+    qr, kr, vr = (_rows(x, groups, at) for x in (q, k, v))
+    scores = (qp @ kp.mT).view(groups, -1, at.prefix, at.prefix) + at.causal
+    wp = scores.softmax(-1).flatten(1, 2)  # sums are float32 whatever goes in and out
+    scores = qr.new_empty(*qr.shape[:-1], at.prefix + at.width)  # (groups, B, G, T, P + T)
+    scores[..., : at.prefix] = (qr.flatten(1, 3) @ kp.mT).view(*qr.shape[:-1], at.prefix)
+    own = (qr.flatten(0, 1).flatten(1, 2) @ kr.flatten(0, 2).mT).view(*qr.shape[:-1], at.width)
+    torch.add(own, at.own, out=scores[..., at.prefix :])
+    wr = scores.softmax(-1)
+    seen, own = wr[..., : at.prefix].flatten(1, 3), wr[..., at.prefix :].flatten(0, 1).flatten(1, 2)
+    out = (seen @ vp).view(qr.shape).add_((own @ vr.flatten(0, 2)).view(qr.shape))
+    return _flat(wp @ vp, out, at), (qp, kp, vp, qr, kr, vr, wp, wr)
+
+
+def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values from that of the result, all (tokens, heads, width)."""
+    qp, kp, vp, qr, kr, vr, wp, wr = kept
+    groups = len(kp)
+    gp, gr = _prefix(gradient, groups, at), _rows(gradient, groups, at)
+    gr.view(-1, gr.shape[-1]).index_fill_(0, at.order(gradient.shape[1], groups).pads, 0)  # padding asks for nothing
+    sp = torch._softmax_backward_data(gp @ vp.mT, wp, -1, wp.dtype)
+    inner = torch.empty_like(wr)
+    inner[..., : at.prefix] = (gr.flatten(1, 3) @ vp.mT).view(*gr.shape[:-1], at.prefix)
+    flat_q, flat_k, flat_v, flat_g = (
+        qr.flatten(0, 1).flatten(1, 2),
+        kr.flatten(0, 2),
+        vr.flatten(0, 2),
+        gr.flatten(0, 1).flatten(1, 2),
+    )
+    inner[..., at.prefix :] = (flat_g @ flat_v.mT).view(*gr.shape[:-1], at.width)
+    sr = torch._softmax_backward_data(inner, wr, -1, wr.dtype)
+    s_seen, s_own = sr[..., : at.prefix].flatten(1, 3), sr[..., at.prefix :].flatten(0, 1).flatten(1, 2)
+    w_seen, w_own = wr[..., : at.prefix].flatten(1, 3), wr[..., at.prefix :].flatten(0, 1).flatten(1, 2)
+    dq = (s_seen @ kp).view(qr.shape).add_((s_own @ flat_k).view(qr.shape))
+    return (
+        _flat(sp @ kp, dq, at).mul_(scaling),
+        _flat(torch.baddbmm(sp.mT @ qp, s_seen.mT, qr.flatten(1, 3)), (s_own.mT @ flat_q).view(kr.shape), at),
+        _flat(torch.baddbmm(wp.mT @ gp, w_seen.mT, gr.flatten(1, 3)), (w_own.mT @ flat_g).view(vr.shape), at),
+    )
+
+
+def _prefix(x: Tensor, groups: int, at: Layout) -> Tensor:
+    """(tokens, heads, width) to the prefix's (groups, heads a group · P, width)."""
+    return x[: at.prefix].transpose(0, 1).reshape(groups, -1, x.shape[-1])
+
+
+def _rows(x: Tensor, groups: int, at: Layout) -> Tensor:
+    """(tokens, heads, width) to the rows' (groups, B, heads a group, T, width); padding holds some token."""
+    _, heads, width = x.shape
+    order = at.order(heads, groups)
+    return x.reshape(-1, width).index_select(0, order.spread).view(groups, at.rows, -1, at.width, width)
+
+
+def _flat(prefix: Tensor, rows: Tensor, at: Layout) -> Tensor:
+    """Back to (tokens, heads, width) from what `_prefix` and `_rows` make."""
+    heads, width = rows.shape[0] * rows.shape[2], rows.shape[-1]
+    result = rows.new_empty(at.tokens, heads, width)
+    result[: at.prefix] = prefix.view(heads, at.prefix, width).transpose(0, 1)
+    order = at.order(heads, rows.shape[0])
+    torch.index_select(rows.reshape(-1, width), 0, order.gather, out=result[at.prefix :].view(-1, width))
+    return result

@@ -1,0 +1,93 @@
+"""A decoder layer with frozen weights, its backward pass written out: gradients reach its input alone.
+
+PyTorch would record some fifty small operations a layer and keep a tensor for most; here the same mathematics is two
+functions that keep what they need. Layers of another make than `is_plain` knows go through transformers' own code.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softguard.attention import Layout, attend, attend_backward
+
+_PLAIN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
+
+
+def is_plain(decoder: Any) -> bool:
+    """Whether every layer is RMS norm, rotary attention to the whole row, RMS norm and SiLU-gated linear units."""
+    config = decoder.config
+    return (
+        all(type(layer).__name__ in _PLAIN for layer in decoder.layers)
+        and getattr(config, "hidden_act", None) == "silu"
+        and not getattr(config, "mlp_bias", False)
+        and not getattr(config, "sliding_window", None)
+    )
+
+
+def run_layers(decoder: Any, embeddings: Tensor, positions: Tensor, at: Layout) -> Tensor:
+    """Last hidden states, (tokens, hidden), of embeddings (tokens, hidden) at `positions` (tokens,)."""
+    cos, sin = decoder.rotary_emb(embeddings[None], positions[None])  # (1, tokens, head width)
+    half = cos.shape[-1] // 2
+    turn = (cos[0, :, None, :half], sin[0, :, None, :half])
+    hidden = embeddings
+    for layer in decoder.layers:
+        hidden = _Layer.apply(hidden, layer, turn, at)  # type: ignore[no-untyped-call]
+    return decoder.norm(hidden)  # type: ignore[no-any-return]
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any, turn: tuple[Tensor, Tensor], at: Layout) -> Tensor:
+        attention, mlp = layer.self_attn, layer.mlp
+        width = attention.head_dim
+        first, first_scale = _norm(x, layer.input_layernorm)
+        q, k, v = (p(first).unflatten(-1, (-1, width)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        mixed, kept = attend(_turn(q, *turn), _turn(k, *turn), v, attention.scaling, at)
+        middle = attention.o_proj(mixed.flatten(1)).add_(x)
+        second, second_scale = _norm(middle, layer.post_attention_layernorm)
+        gate, up = mlp.gate_proj(second), mlp.up_proj(second)
+        opened = torch.nn.functional.silu(gate)
+        ctx.save_for_backward(x, first_scale, middle, second_scale, gate, up, opened, *kept)
+        ctx.layer, ctx.turn, ctx.at = layer, turn, at
+        return mlp.down_proj(opened * up).add_(middle)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
+        x, first_scale, middle, second_scale, gate, up, opened, *kept = ctx.saved_tensors
+        attention, mlp, (cos, sin) = ctx.layer.self_attn, ctx.layer.mlp, ctx.turn
+        into_product = outer @ mlp.down_proj.weight
+        into_gate = torch.ops.aten.silu_backward(into_product * up, gate)
+        into_up = into_product.mul_(opened)
+        into_second = torch.addmm(into_gate @ mlp.gate_proj.weight, into_up, mlp.up_proj.weight)
+        into_middle = _norm_backward(into_second, middle, second_scale, ctx.layer.post_attention_layernorm).add_(outer)
+        into_mixed = into_middle @ attention.o_proj.weight
+        q, k, v = attend_backward(into_mixed.view(len(x), -1, attention.head_dim), kept, attention.scaling, ctx.at)
+        q, k = _turn(q, cos, -sin), _turn(k, cos, -sin)  # a rotation's transpose is the rotation back
+        into_first = torch.addmm(q.flatten(1) @ attention.q_proj.weight, k.flatten(1), attention.k_proj.weight)
+        into_first = into_first.addmm_(v.flatten(1), attention.v_proj.weight)
+        return _norm_backward(into_first, x, first_scale, ctx.layer.input_layernorm).add_(into_middle), None, None, None
+
+
+def _norm(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """RMS norm, w·x/√(mean x² + ε), and its inverse root in float32 at least, (tokens, 1)."""
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    scale = (size.square() / x.shape[-1] + norm.variance_epsilon).rsqrt()
+    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(norm.weight), scale
+
+
+def _norm_backward(outer: Tensor, x: Tensor, scale: Tensor, norm: Any) -> Tensor:
+    """s·g − x·s³·mean(g·x) with g = w·outer."""
+    g = outer * norm.weight
+    share = (g * x).sum(-1, keepdim=True, dtype=scale.dtype).mul_(scale.pow(3)).div_(-x.shape[-1])
+    return torch.mul(g, scale, out=g).addcmul_(x, share.to(x.dtype))
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: x (tokens, heads, width), a head's halves the axes of its planes; cos and sin (tokens, 1, width/2)."""
+    a, b = x.chunk(2, dim=-1)
+    out = torch.empty_like(x)
+    half = x.shape[-1] // 2
+    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out[..., half:]).addcmul_(a, sin)
+    return out

@@ -1,0 +1,80 @@
+"""Kernels against whole laws in float64: values, gradients, and the memory they take."""
+
+import resource
+
+import pytest
+import torch
+from torch import Tensor
+
+from softguard import kernels
+from softguard.divergences import log_avoids, selected, token_kl, token_tv
+from softguard.kernels import log_law, per_token
+
+TOKENS, HIDDEN, VOCABULARY = 13, 8, 50
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_TILE", 4 * VOCABULARY)  # tiles of 4 tokens: three whole ones and a rest
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["tv", "kl", "selected", "avoids"])
+def test_tiles_give_the_values_and_gradients_of_whole_laws(name: str, dtype: torch.dtype) -> None:
+    head, teacher, hidden = random(VOCABULARY, HIDDEN, seed=0), random(TOKENS, HIDDEN, seed=1), random(TOKENS, HIDDEN, seed=2)
+    ids, outer = torch.arange(TOKENS) % VOCABULARY, random(TOKENS, seed=3)
+    p, q = (x @ head.T for x in (teacher, hidden.requires_grad_()))
+    log_p, log_q = p - p.exp().sum(-1, keepdim=True).log(), q - q.exp().sum(-1, keepdim=True).log()
+    expected = {
+        "tv": (log_p.exp() - log_q.exp()).abs().sum(-1) / 2,
+        "kl": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "selected": log_q[torch.arange(TOKENS), ids],
+        "avoids": (1 - log_q[:, 5].exp()).log(),
+    }[name]
+    (gradient,) = torch.autograd.grad((outer * expected).sum(), hidden)
+
+    near, rest, small = hidden.detach().to(dtype).requires_grad_(), teacher.to(dtype), head.to(dtype)
+    values = per_token(
+        {
+            "tv": lambda log_q, at: token_tv(log_law(rest[at], small), log_q),
+            "kl": lambda log_q, at: token_kl(log_law(rest[at], small), log_q),
+            "selected": lambda log_q, at: selected(log_q, ids[at]),
+            "avoids": lambda log_q, at: log_avoids(log_q, torch.tensor(5)),
+        }[name],
+        near,
+        small,
+    )
+    (ours,) = torch.autograd.grad((outer.to(dtype) * values).sum(), near)
+    rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (1e-10, 1e-12)
+    torch.testing.assert_close(values.double(), expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(ours.double(), gradient, rtol=rtol, atol=atol)
+
+
+def test_no_tokens_have_no_values_and_an_empty_gradient() -> None:
+    hidden = torch.zeros(0, HIDDEN, requires_grad=True)
+    values = per_token(lambda log_q, at: log_q.sum(-1), hidden, torch.zeros(VOCABULARY, HIDDEN))
+    assert values.shape == (0,)
+    values.sum().backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None
+    assert hidden.grad.shape == hidden.shape
+
+
+def test_low_precision_laws_are_normalised_in_float32() -> None:
+    law = log_law(random(TOKENS, HIDDEN, seed=0).bfloat16(), random(VOCABULARY, HIDDEN, seed=1).bfloat16())
+    assert law.dtype == torch.float32
+    assert law.exp().sum(-1).tolist() == pytest.approx([1] * TOKENS, abs=1e-5)
+
+
+def test_memory_does_not_grow_with_the_number_of_tokens() -> None:
+    vocabulary, tokens = 20_000, 2_000  # whole laws would take 160 MB each
+    head = torch.randn(vocabulary, HIDDEN)
+    hidden = torch.randn(tokens, HIDDEN, requires_grad=True)
+    teacher = torch.randn(tokens, HIDDEN)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    per_token(lambda log_q, at: token_tv(log_law(teacher[at], head), log_q), hidden, head).sum().backward()  # type: ignore[no-untyped-call]
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < 60  # MB

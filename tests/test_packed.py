@@ -1,0 +1,112 @@
+"""The packed pass against one unbatched pass a row."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from softguard import frozen
+from softguard.chat import Chat, Slot
+from softguard.errors import SoftguardError
+from softguard.models import BaseModel
+from softguard.packed import packed_hidden
+from softguard.prefix import prefix_embeddings
+
+PROMPTS = ["How do I bake bread?", "hi", "Write a short poem about the sea and its many moods."]
+RESPONSES = ["Mix flour and water.", "Hello! What can I do for you today, my friend?", "Waves."]
+
+
+def rows_of(chat: Chat) -> tuple[list[list[int]], list[int]]:
+    responses = [chat.encode_response(r) for r in RESPONSES]
+    return [chat.encode(p) + r[:-1] for p, r in zip(PROMPTS, responses, strict=True)], [len(r) for r in responses]
+
+
+def whole_row(base: BaseModel, prefix: Tensor, row: list[int], wanted: int) -> Tensor:
+    embeddings = torch.cat([prefix, base.model.get_input_embeddings()(torch.tensor([row]))], dim=1)
+    return base.model.get_decoder()(inputs_embeds=embeddings).last_hidden_state[0, -wanted:]  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=["written out", "by transformers"])
+def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "by transformers":
+        monkeypatch.setattr(frozen, "is_plain", lambda decoder: False)
+
+
+@pytest.mark.usefixtures("layers")
+@pytest.mark.parametrize("slot", ["start", "system"])
+def test_packed_rows_give_the_states_and_gradients_of_whole_rows(small: BaseModel, slot: Slot) -> None:
+    chat = Chat(small.tokenizer, slot, small.stop_ids)
+    torch.manual_seed(1)
+    soft = (0.1 * torch.randn(5, small.hidden)).requires_grad_()
+    prefix = prefix_embeddings(small, chat, soft)
+    rows, wanted = rows_of(chat)
+    ours = packed_hidden(small, prefix, rows, wanted)
+    expected = [whole_row(small, prefix, row, n) for row, n in zip(rows, wanted, strict=True)]
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    weights = [torch.randn(e.shape) for e in expected]
+    gradients = [
+        torch.autograd.grad(
+            torch.stack([(h * w).sum() for h, w in zip(states, weights, strict=True)]).sum(), soft, retain_graph=True
+        )[0]
+        for states in (ours, expected)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("layers")
+def test_the_demo_model_packed_is_the_demo_model(base: BaseModel, chat: Chat) -> None:
+    prefix = prefix_embeddings(base, chat, None)
+    rows, wanted = rows_of(chat)
+    with torch.no_grad():
+        ours = packed_hidden(base, prefix, rows, wanted)
+        expected = [whole_row(base, prefix, row, n) for row, n in zip(rows, wanted, strict=True)]
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_the_demo_model_runs_written_out(base: BaseModel) -> None:
+    assert frozen.is_plain(base.model.get_decoder())
+
+
+@pytest.mark.usefixtures("layers")
+def test_attention_with_biases_and_several_queries_a_key(small: BaseModel) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    other = replace(small, model=model.requires_grad_(False))
+    prefix = torch.randn(1, 4, 32, requires_grad=True)
+    rows, wanted = [[5, 6, 7, 8], [9], [10, 11, 12]], [2, 1, 3]
+    ours = packed_hidden(other, prefix, rows, wanted)
+    expected = [whole_row(other, prefix, row, n) for row, n in zip(rows, wanted, strict=True)]
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    (gradient,), (reference,) = (torch.autograd.grad(torch.cat(h).sin().sum(), prefix) for h in (ours, expected))
+    torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-5)
+
+
+def test_the_model_attends_as_before_after_a_packed_pass(small: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "is_plain", lambda decoder: False)
+    chat = Chat(small.tokenizer, "start", small.stop_ids)
+    usual = small.model.config._attn_implementation
+    packed_hidden(small, prefix_embeddings(small, chat, None), [[5, 6]], [1])
+    assert small.model.config._attn_implementation == usual
+
+
+def test_a_window_shorter_than_the_row_is_refused(small: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from softguard import packed
+
+    attention = packed._attention
+    monkeypatch.setattr(frozen, "is_plain", lambda decoder: False)
+    monkeypatch.setattr(packed, "_attention", lambda *args, **other: attention(*args, **other, sliding_window=4))
+    chat = Chat(small.tokenizer, "start", small.stop_ids)
+    with pytest.raises(SoftguardError, match="window"):
+        packed_hidden(small, prefix_embeddings(small, chat, None), [[5, 6]], [1])
