@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.record import alternate, arguments, keep, machine
 from softguard.divergences import selected, token_jsd, token_kl, token_tv
-from softguard.kernels import log_law, per_token
+from softguard.kernels import log_law, per_token, per_token_between
 
 HIDDEN = 576
 VOCABULARIES = (49_152, 151_936, 262_144)
@@ -80,7 +80,7 @@ def ours(kernel: str) -> Values:
         if kernel == "selected":
             return per_token(lambda log_q, at: selected(log_q, ids[at]), student, head)
         divergence = {"tv": token_tv, "kl": token_kl, "jsd": token_jsd}[kernel]
-        return per_token(lambda log_q, at: divergence(log_law(teacher[at], head), log_q), student, head)
+        return per_token_between(divergence, teacher, student, head)
 
     return values
 

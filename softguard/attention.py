@@ -66,24 +66,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, at: Layout) -> tuple
     groups = k.shape[1]
     q = q * scaling
     qp, kp, vp = (_prefix(x, groups, at) for x in (q, k, v))
-    qr, kr, vr = (_rows(x, groups, at) for x in (q, k, v))
+    qr, kr, vr = (rows_of(x, groups, at) for x in (q, k, v))
     scores = (qp @ kp.mT).view(groups, -1, at.prefix, at.prefix) + at.causal
     wp = scores.softmax(-1).flatten(1, 2)  # sums are float32 whatever goes in and out
-    scores = qr.new_empty(*qr.shape[:-1], at.prefix + at.width)  # (groups, B, G, T, P + T)
-    scores[..., : at.prefix] = (qr.flatten(1, 3) @ kp.mT).view(*qr.shape[:-1], at.prefix)
-    own = (qr.flatten(0, 1).flatten(1, 2) @ kr.flatten(0, 2).mT).view(*qr.shape[:-1], at.width)
-    torch.add(own, at.own, out=scores[..., at.prefix :])
-    wr = scores.softmax(-1)
-    seen, own = wr[..., : at.prefix].flatten(1, 3), wr[..., at.prefix :].flatten(0, 1).flatten(1, 2)
-    out = (seen @ vp).view(qr.shape).add_((own @ vr.flatten(0, 2)).view(qr.shape))
-    return _flat(wp @ vp, out, at), (qp, kp, vp, qr, kr, vr, wp, wr)
+    out, wr = attend_rows(qr, kp, vp, kr, vr, at.own)
+    return flat_of(wp @ vp, out, at), (qp, kp, vp, qr, kr, vr, wp, wr)
+
+
+def attend_rows(q: Tensor, kp: Tensor, vp: Tensor, k: Tensor, v: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of scaled queries q (groups, B, heads a group, Q, width) to the prefix's kp, vp (groups, P, width) and to the
+    keys and values k, v (groups, B, 1, T, width) of their own row, to whose scores `own` is added.
+
+    Returns what is like q, and the attention's weights (groups, B, heads a group, Q, P + T).
+    """
+    prefix, mine = kp.shape[1], (*q.shape[:2], -1, q.shape[-1])
+    scores = q.new_empty(*q.shape[:-1], prefix + k.shape[3])
+    scores[..., :prefix] = (q.flatten(1, 3) @ kp.mT).view(*q.shape[:-1], prefix)
+    k, v = k.flatten(0, 2), v.flatten(0, 2)
+    torch.add((q.reshape(mine).flatten(0, 1) @ k.mT).view(*q.shape[:-1], -1), own, out=scores[..., prefix:])
+    weights = scores.softmax(-1)
+    out = (weights[..., :prefix].flatten(1, 3) @ vp).view(q.shape)
+    return out.add_((weights[..., prefix:].flatten(0, 1).flatten(1, 2) @ v).view(q.shape)), weights
 
 
 def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values from that of the result, all (tokens, heads, width)."""
     qp, kp, vp, qr, kr, vr, wp, wr = kept
     groups = len(kp)
-    gp, gr = _prefix(gradient, groups, at), _rows(gradient, groups, at)
+    gp, gr = _prefix(gradient, groups, at), rows_of(gradient, groups, at)
     gr.view(-1, gr.shape[-1]).index_fill_(0, at.order(gradient.shape[1], groups).pads, 0)  # padding asks for nothing
     sp = torch._softmax_backward_data(gp @ vp.mT, wp, -1, wp.dtype)
     inner = torch.empty_like(wr)
@@ -100,9 +110,9 @@ def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at
     w_seen, w_own = wr[..., : at.prefix].flatten(1, 3), wr[..., at.prefix :].flatten(0, 1).flatten(1, 2)
     dq = (s_seen @ kp).view(qr.shape).add_((s_own @ flat_k).view(qr.shape))
     return (
-        _flat(sp @ kp, dq, at).mul_(scaling),
-        _flat(torch.baddbmm(sp.mT @ qp, s_seen.mT, qr.flatten(1, 3)), (s_own.mT @ flat_q).view(kr.shape), at),
-        _flat(torch.baddbmm(wp.mT @ gp, w_seen.mT, gr.flatten(1, 3)), (w_own.mT @ flat_g).view(vr.shape), at),
+        flat_of(sp @ kp, dq, at).mul_(scaling),
+        flat_of(torch.baddbmm(sp.mT @ qp, s_seen.mT, qr.flatten(1, 3)), (s_own.mT @ flat_q).view(kr.shape), at),
+        flat_of(torch.baddbmm(wp.mT @ gp, w_seen.mT, gr.flatten(1, 3)), (w_own.mT @ flat_g).view(vr.shape), at),
     )
 
 
@@ -111,15 +121,15 @@ def _prefix(x: Tensor, groups: int, at: Layout) -> Tensor:
     return x[: at.prefix].transpose(0, 1).reshape(groups, -1, x.shape[-1])
 
 
-def _rows(x: Tensor, groups: int, at: Layout) -> Tensor:
+def rows_of(x: Tensor, groups: int, at: Layout) -> Tensor:
     """(tokens, heads, width) to the rows' (groups, B, heads a group, T, width); padding holds some token."""
     _, heads, width = x.shape
     order = at.order(heads, groups)
     return x.reshape(-1, width).index_select(0, order.spread).view(groups, at.rows, -1, at.width, width)
 
 
-def _flat(prefix: Tensor, rows: Tensor, at: Layout) -> Tensor:
-    """Back to (tokens, heads, width) from what `_prefix` and `_rows` make."""
+def flat_of(prefix: Tensor, rows: Tensor, at: Layout) -> Tensor:
+    """Back to (tokens, heads, width) from what `_prefix` and `rows_of` make."""
     heads, width = rows.shape[0] * rows.shape[2], rows.shape[-1]
     result = rows.new_empty(at.tokens, heads, width)
     result[: at.prefix] = prefix.view(heads, at.prefix, width).transpose(0, 1)

@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softguard.chat import Chat, Turn, align
+from softguard.chat import Chat, Turn
+from softguard.decoding import make_resident
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
-from softguard.prefix import run_prefix, share
+
+_BLOCK = 128  # ids summed at once when one is drawn
+_CROWDED = 0.75  # share of running rows below which ended ones leave the batch
 
 
 class Response(NamedTuple):
@@ -24,7 +27,7 @@ class Response(NamedTuple):
 
 class _Token(NamedTuple):
     id: int
-    hidden: Tensor | None  # (hidden,)
+    hidden: Tensor  # (hidden,)
 
 
 class Engine:
@@ -34,9 +37,7 @@ class Engine:
         """`soft_prompt`: (n_soft, hidden), or none for the base alone."""
         self.base = base
         self.chat = chat
-        with torch.inference_mode():
-            self.prefix = run_prefix(base, chat, soft_prompt)
-        self.prefix_length: int = self.prefix.get_seq_length()
+        self.prefix = make_resident(base, chat, soft_prompt)
 
     def generate(
         self,
@@ -65,12 +66,12 @@ class Engine:
             batch = order[start : start + batch_size]
             picked = None if draws is None else torch.from_numpy(draws[batch])
             made: list[list[_Token]] = [[] for _ in batch]
-            for tokens in self._steps([encoded[i] for i in batch], max_new_tokens, temperature, picked, keep_hidden):
+            for tokens in self._steps([encoded[i] for i in batch], max_new_tokens, temperature, picked):
                 for row, token in tokens.items():
                     made[row].append(token)
             for i, answer in zip(batch, made, strict=True):
                 drawn = tuple(token.id for token in answer)
-                hidden = torch.stack([token.hidden for token in answer if token.hidden is not None]) if keep_hidden else None
+                hidden = torch.stack([token.hidden for token in answer]) if keep_hidden else None
                 responses[i] = Response(drawn, self._text(drawn), hidden)
             progress(len(batch))
         return [responses[i] for i in range(len(prompts))]
@@ -93,54 +94,38 @@ class Engine:
         return self.chat.decode([i for i in ids if i not in self.chat.stop_ids])
 
     def _check_fits(self, length: int, new: int, what: str) -> None:
-        if self.prefix_length + length + new > self.base.context:
+        if self.prefix.length + length + new > self.base.context:
             raise SoftguardError(
-                f"{what} has {length} tokens; with {self.prefix_length} of prefix and {new} new ones it exceeds the model's "
+                f"{what} has {length} tokens; with {self.prefix.length} of prefix and {new} new ones it exceeds the model's "
                 f"context of {self.base.context}; shorten it"
             )
 
     @torch.inference_mode()
     def _steps(
-        self, prompts: Sequence[list[int]], new: int, temperature: float, draws: Tensor | None, keep_hidden: bool = False
+        self, prompts: Sequence[list[int]], new: int, temperature: float, draws: Tensor | None
     ) -> Iterator[dict[int, _Token]]:
-        """Yield, step by step, the next token of every row that has not ended; ended rows leave the batch."""
-        rows = align(prompts, [[]] * len(prompts), self.base.pad_id, self.base.device)
-        cache = share(self.base, self.prefix, len(prompts))
-        mask, positions, ids = rows.full_mask(self.prefix_length), rows.positions(self.prefix_length), rows.ids
-        alive = list(range(len(prompts)))
+        """Yield, step by step, the next token of every row that has not ended."""
+        output, decoding = self.prefix.begin(prompts, new)
+        running = list(range(len(prompts)))  # rows that are still decoded, ended ones among them for a while
+        ended: set[int] = set()
         for step in range(new):
-            output = self._forward(ids, mask, positions, cache, keep_hidden)
-            logits = output.logits[:, -1].float()  # (alive, vocabulary)
             if draws is None:
-                chosen = logits.argmax(-1)
+                chosen = output.logits.argmax(-1)
             else:
-                u = draws[alive, step].to(logits.device)
-                chosen = _inverse_cdf((logits / temperature).softmax(-1), u)
-            tokens = chosen.tolist()
-            states = output.hidden_states[-1][:, -1].clone() if keep_hidden else [None] * len(tokens)
-            yield dict(zip(alive, map(_Token, tokens, states), strict=True))
-            keep = [i for i, token in enumerate(tokens) if token not in self.chat.stop_ids]
-            if not keep or step == new - 1:
+                u = draws[running, step].to(output.logits.device)
+                chosen = _inverse_cdf((output.logits / temperature).softmax(-1), u)
+            made = zip(running, chosen.tolist(), output.hidden, strict=True)
+            tokens = {row: _Token(id_, hidden) for row, id_, hidden in made if row not in ended}
+            yield tokens
+            ended |= {row for row, token in tokens.items() if token.id in self.chat.stop_ids}
+            if len(ended) == len(prompts) or step == new - 1:
                 return
-            if len(keep) < len(alive):
-                index = torch.tensor(keep, device=ids.device)
-                cache.batch_select_indices(index)
-                chosen, mask, positions = chosen[index], mask[index], positions[index]
-                alive = [alive[i] for i in keep]
-            ids = chosen[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            positions = positions[:, -1:] + 1
-
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, hidden: bool) -> Any:
-        return self.base.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            output_hidden_states=hidden,
-        )
+            keep = [i for i, row in enumerate(running) if row not in ended]
+            if len(keep) <= _CROWDED * len(running):  # leaving copies what stays, so it waits until it pays
+                index = torch.tensor(keep, device=chosen.device)
+                decoding.keep(index)
+                chosen, running = chosen[index], [running[i] for i in keep]
+            output = decoding.step(chosen)
 
 
 def _streams(prompts: Sequence[str], length: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -155,7 +140,16 @@ def _streams(prompts: Sequence[str], length: int, seed: int) -> np.ndarray[Any, 
 
 
 def _inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Draw one id a row: (rows, vocabulary) probabilities and (rows,) uniform numbers to (rows,) ids."""
-    cumulative = probabilities.double().cumsum(-1)
-    target = u.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
+    """Draw one id a row: (rows, vocabulary) probabilities and (rows,) uniform numbers to (rows,) ids.
+
+    Sums are float64, first of blocks of ids and then within the block that `u` falls into: one pass over the vocabulary.
+    """
+    padded = torch.nn.functional.pad(probabilities, (0, -probabilities.shape[-1] % _BLOCK))
+    blocks = padded.view(len(probabilities), -1, _BLOCK)
+    upto = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (rows, blocks)
+    target = u.double()[:, None] * upto[:, -1:]
+    block = torch.searchsorted(upto, target, right=True).clamp(max=upto.shape[-1] - 1)
+    before = torch.where(block > 0, upto.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK)).squeeze(1).double().cumsum(-1)
+    within = torch.searchsorted(inside, target - before, right=True).clamp(max=_BLOCK - 1)
+    return (block * _BLOCK + within).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)

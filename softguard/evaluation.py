@@ -26,7 +26,7 @@ import torch
 
 from softguard import stats
 from softguard.adapters import SoftPrompt
-from softguard.chat import Chat, align
+from softguard.chat import Chat
 from softguard.config import Recipe, fingerprint
 from softguard.cost import Cost, measure_cost, versions
 from softguard.divergences import token_kl, token_tv
@@ -34,14 +34,16 @@ from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
 from softguard.files import read_json, write_json
 from softguard.judges import Judge, is_refusal
+from softguard.kernels import per_token_between
 from softguard.models import BaseModel
-from softguard.prefix import continuation_logits
+from softguard.packed import packed_hidden
+from softguard.prefix import prefix_embeddings
 from softguard.suites import Suite, load_suites
 from softguard.system import SafeSystem
 
 SCHEMA = 1
 System = Literal["base", "safe_system", "distilled"]
-_DRIFT_BATCH = 8  # rows whose full next-token laws are held at once
+_DRIFT_BATCH = 32  # rows of one pass
 
 
 class Row(NamedTuple):
@@ -149,6 +151,7 @@ class _Run:
         progress: Callable[[str, int, int], None],
     ) -> None:
         self.recipe, self.out, self.system, self.base, self.progress = recipe, out, system, base, progress
+        self.adapter = adapter
         self.engines: dict[System, Engine] = {"base": Engine(base, Chat(base.tokenizer, "start", base.stop_ids))}
         self.methods: dict[System, str] = {
             "base": "base",
@@ -210,20 +213,23 @@ class _Run:
     def _student_drift(
         self, prompts: Sequence[str], drawn: Sequence[Response], told: Callable[[int], None]
     ) -> tuple[list[float], list[float]]:
-        base, student = self.engines["base"], self.engines["distilled"]
-        encoded = [base.chat.encode(prompt) for prompt in prompts]
+        base, student = self.engines["base"].chat, self.engines["distilled"].chat
+        assert self.adapter is not None
+        prefixes = (
+            prefix_embeddings(self.base, base, None),
+            prefix_embeddings(self.base, student, self.adapter.vectors),
+        )
+        encoded = [base.encode(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         tv, kl = np.zeros(len(prompts)), np.zeros(len(prompts))
         for start in range(0, len(order), _DRIFT_BATCH):
             batch = order[start : start + _DRIFT_BATCH]
             ids = [list(drawn[i].ids) for i in batch]
-            rows = align([encoded[i] for i in batch], [r[:-1] for r in ids], self.base.pad_id, self.base.device)
-            width = max(map(len, ids))
-            log_p = continuation_logits(self.base, base.prefix, rows, width).log_softmax(-1)
-            log_q = continuation_logits(self.base, student.prefix, rows, width).log_softmax(-1)
+            rows = [encoded[i] + r[:-1] for i, r in zip(batch, ids, strict=True)]
+            teacher, states = (torch.cat(packed_hidden(self.base, prefix, rows, [len(r) for r in ids])) for prefix in prefixes)
             for values, divergence in ((tv, token_tv), (kl, token_kl)):
-                tokens = divergence(log_p, log_q).cpu().numpy()
-                values[batch] = [tokens[row, : len(r)].mean() for row, r in enumerate(ids)]
+                tokens = per_token_between(divergence, teacher, states, self.base.head)
+                values[batch] = [part.mean().item() for part in torch.split(tokens, [len(r) for r in ids])]
             told(len(batch))
         return tv.tolist(), kl.tolist()
 

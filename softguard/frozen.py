@@ -4,6 +4,7 @@ PyTorch would record some fifty small operations a layer and keep a tensor for m
 functions that keep what they need. Layers of another make than `is_plain` knows go through transformers' own code.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,12 +26,32 @@ def is_plain(decoder: Any) -> bool:
     )
 
 
+def scaling(decoder: Any) -> float:
+    """What attention multiplies its scores by."""
+    return float(decoder.layers[0].self_attn.scaling)
+
+
+def infer(
+    decoder: Any, embeddings: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Last hidden states, (tokens, hidden), without a gradient.
+
+    `attend` gets a layer's number and its queries, keys and values, (tokens, heads, width), and returns what is like the
+    queries.
+    """
+    hidden, turn = embeddings, _turns(decoder, embeddings, positions)
+    for index, layer in enumerate(decoder.layers):
+        q, k, v = _queries_keys_values(layer.self_attn, _norm(hidden, layer.input_layernorm)[0], turn)
+        hidden = layer.self_attn.o_proj(attend(index, q, k, v).flatten(1)).add_(hidden)
+        middle = _norm(hidden, layer.post_attention_layernorm)[0]
+        opened = torch.nn.functional.silu(layer.mlp.gate_proj(middle)).mul_(layer.mlp.up_proj(middle))
+        hidden = layer.mlp.down_proj(opened).add_(hidden)
+    return decoder.norm(hidden)  # type: ignore[no-any-return]
+
+
 def run_layers(decoder: Any, embeddings: Tensor, positions: Tensor, at: Layout) -> Tensor:
     """Last hidden states, (tokens, hidden), of embeddings (tokens, hidden) at `positions` (tokens,)."""
-    cos, sin = decoder.rotary_emb(embeddings[None], positions[None])  # (1, tokens, head width)
-    half = cos.shape[-1] // 2
-    turn = (cos[0, :, None, :half], sin[0, :, None, :half])
-    hidden = embeddings
+    hidden, turn = embeddings, _turns(decoder, embeddings, positions)
     for layer in decoder.layers:
         hidden = _Layer.apply(hidden, layer, turn, at)  # type: ignore[no-untyped-call]
     return decoder.norm(hidden)  # type: ignore[no-any-return]
@@ -40,10 +61,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any, turn: tuple[Tensor, Tensor], at: Layout) -> Tensor:
         attention, mlp = layer.self_attn, layer.mlp
-        width = attention.head_dim
         first, first_scale = _norm(x, layer.input_layernorm)
-        q, k, v = (p(first).unflatten(-1, (-1, width)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-        mixed, kept = attend(_turn(q, *turn), _turn(k, *turn), v, attention.scaling, at)
+        mixed, kept = attend(*_queries_keys_values(attention, first, turn), attention.scaling, at)
         middle = attention.o_proj(mixed.flatten(1)).add_(x)
         second, second_scale = _norm(middle, layer.post_attention_layernorm)
         gate, up = mlp.gate_proj(second), mlp.up_proj(second)
@@ -67,6 +86,19 @@ class _Layer(torch.autograd.Function):
         into_first = torch.addmm(q.flatten(1) @ attention.q_proj.weight, k.flatten(1), attention.k_proj.weight)
         into_first = into_first.addmm_(v.flatten(1), attention.v_proj.weight)
         return _norm_backward(into_first, x, first_scale, ctx.layer.input_layernorm).add_(into_middle), None, None, None
+
+
+def _queries_keys_values(attention: Any, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, heads, width) each, queries and keys turned to their positions."""
+    q, k, v = (p(x).view(len(x), -1, attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    return _turn(q, *turn), _turn(k, *turn), v
+
+
+def _turns(decoder: Any, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the positions' angles, (tokens, 1, head width/2)."""
+    cos, sin = decoder.rotary_emb(embeddings[None], positions[None])  # (1, tokens, head width)
+    half = cos.shape[-1] // 2
+    return cos[0, :, None, :half], sin[0, :, None, :half]
 
 
 def _norm(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:

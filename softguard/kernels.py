@@ -31,6 +31,11 @@ def per_token(function: Callable[[Tensor, slice], Tensor], hidden: Tensor, head:
     return _PerToken.apply(hidden, head, function)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def per_token_between(divergence: Callable[[Tensor, Tensor], Tensor], teacher: Tensor, student: Tensor, head: Tensor) -> Tensor:
+    """`divergence` of each token's two laws, (tokens,), with a gradient to the `student`'s hidden states (tokens, hidden)."""
+    return per_token(lambda log_q, at: divergence(log_law(teacher[at], head), log_q), student, head)
+
+
 class _PerToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:

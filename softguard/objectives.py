@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softguard.divergences import P_SAFE_RANGE, log_avoids, log_hinge, refusal_mixture, selected, token_kl, token_tv
 from softguard.errors import SoftguardError
-from softguard.kernels import log_law, per_token
+from softguard.kernels import log_law, per_token, per_token_between
 
 Length = Literal["sum", "mean"]
 
@@ -135,8 +135,7 @@ def _clamped(probability: Tensor) -> Tensor:
 def divergences(divergence: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Tensor:
     """Divergence of base and student at the response's tokens, (S, T); 0 where there is none."""
     real = batch.mask > 0
-    teacher = batch.teacher[real]
-    values = per_token(lambda log_q, at: divergence(log_law(teacher[at], batch.head), log_q), batch.student[real], batch.head)
+    values = per_token_between(divergence, batch.teacher[real], batch.student[real], batch.head)
     return torch.zeros_like(batch.mask).masked_scatter(real, values)
 
 

@@ -1,0 +1,186 @@
+"""Answers token by token behind a resident prefix, whose keys and values are there once for all rows.
+
+Models `frozen` knows run written out: rows are not padded, and their keys and values lie in buffers of the length they will
+need. All others run as transformers has them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from softguard import frozen
+from softguard.attention import Layout, attend_rows, flat_of, rows_of
+from softguard.chat import Chat, align
+from softguard.models import BaseModel
+from softguard.prefix import prefix_embeddings
+
+
+class Output(NamedTuple):
+    """What predicts the next token of every row."""
+
+    logits: Tensor  # (rows, vocabulary) float32 at least
+    hidden: Tensor  # (rows, hidden)
+
+
+class Decoding(Protocol):
+    """Some rows under way."""
+
+    def step(self, ids: Tensor) -> Output:
+        """Append one id, (rows,), to every row."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but those at these indices."""
+
+
+Begin = Callable[[Sequence[Sequence[int]], int], tuple[Output, Decoding]]  # prompts, new tokens at most
+
+
+class Resident(NamedTuple):
+    """A constant prefix whose keys and values are kept. `begin` starts rows of ids behind it."""
+
+    length: int
+    begin: Begin
+
+
+@torch.inference_mode()
+def make_resident(base: BaseModel, chat: Chat, soft_prompt: Tensor | None) -> Resident:
+    """Run the constant prefix with `soft_prompt` (n_soft, hidden), or without, and keep it."""
+    if frozen.is_plain(base.model.get_decoder()):
+        embeddings = prefix_embeddings(base, chat, soft_prompt)[0]
+        kept = _run_plain_prefix(base, embeddings)
+        return Resident(len(embeddings), lambda prompts, new: _PlainRows.begin(base, kept, prompts, new))
+    cache = _empty_cache(base)
+    base.model(inputs_embeds=prefix_embeddings(base, chat, soft_prompt), past_key_values=cache, use_cache=True)
+    return Resident(cache.get_seq_length(), lambda prompts, new: _AnyRows.begin(base, cache, prompts))
+
+
+class _Kept(NamedTuple):
+    """Keys and values of one layer, (key heads, tokens, width)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def _run_plain_prefix(base: BaseModel, embeddings: Tensor) -> list[_Kept]:
+    kept = []
+
+    def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
+        kept.append(_Kept(k, v))
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            q[None], k[None], v[None], is_causal=True, scale=frozen.scaling(base.model.get_decoder()), enable_gqa=True
+        )
+        return mixed[0].transpose(0, 1)
+
+    positions = torch.arange(len(embeddings), device=base.device)
+    frozen.infer(base.model.get_decoder(), embeddings, positions, attend)
+    return kept
+
+
+class _PlainRows:
+    """Rows of a model that runs written out."""
+
+    def __init__(self, base: BaseModel, prefix: list[_Kept], lengths: Sequence[int], new: int) -> None:
+        self.base, self.decoder, self.prefix = base, base.model.get_decoder(), prefix
+        self.scaling = frozen.scaling(self.decoder)
+        self.lengths = torch.tensor(lengths, device=base.device)
+        self.longest = max(lengths)
+        groups, self.start, width = prefix[0].keys.shape
+        # (rows, key heads, tokens, width); every row's own copy of the prefix first, so that one call attends to all
+        shape = (len(lengths), groups, self.start + self.longest + new, width)
+        self.buffers = [_Kept(*(x.new_zeros(shape) for x in kept)) for kept in prefix]
+
+    @classmethod
+    def begin(
+        cls, base: BaseModel, prefix: list[_Kept], prompts: Sequence[Sequence[int]], new: int
+    ) -> tuple[Output, "_PlainRows"]:
+        lengths = [len(prompt) for prompt in prompts]
+        self = cls(base, prefix, lengths, new)
+        ids = torch.tensor([i for prompt in prompts for i in prompt], device=base.device)
+        at = Layout(0, lengths, prefix[0].keys)
+        positions = torch.cat([self.start + torch.arange(n) for n in lengths]).to(base.device)
+
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            groups = k.shape[1]
+            q, k, v = (rows_of(x, groups, at) for x in (q * self.scaling, k, v))
+            for buffer, resident, own in zip(self.buffers[index], self.prefix[index], (k, v), strict=True):
+                buffer[:, :, : self.start] = resident
+                buffer[:, :, self.start : self.start + at.width] = own.squeeze(2).transpose(0, 1)
+            mixed, _ = attend_rows(q, *self.prefix[index], k, v, at.own)
+            return flat_of(mixed.new_empty(0, mixed.shape[-1]), mixed, at)
+
+        embeddings = base.model.get_input_embeddings()(ids)
+        hidden = frozen.infer(self.decoder, embeddings, positions, attend)
+        return self._output(hidden[self.lengths.cumsum(0) - 1]), self
+
+    def step(self, ids: Tensor) -> Output:
+        positions = self.start + self.lengths
+        rows, width = torch.arange(len(ids), device=ids.device), self.start + self.longest + 1
+        seen = (torch.arange(width, device=ids.device) <= positions[:, None])[:, None, None]  # (rows, 1, 1, tokens)
+        mask = None if len(ids) == 1 else seen
+
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.buffers[index]
+            keys[rows, :, positions], values[rows, :, positions] = k, v
+            mixed = torch.nn.functional.scaled_dot_product_attention(  # heads of one key stand as its queries
+                q.view(len(ids), k.shape[1], -1, k.shape[2]), keys[:, :, :width], values[:, :, :width], mask, scale=self.scaling
+            )
+            return mixed.reshape(q.shape)
+
+        hidden = frozen.infer(self.decoder, self.base.model.get_input_embeddings()(ids), positions, attend)
+        self.lengths, self.longest = self.lengths + 1, self.longest + 1
+        return self._output(hidden)
+
+    def keep(self, rows: Tensor) -> None:
+        self.lengths = self.lengths[rows]
+        self.buffers = [_Kept(*(x[rows] for x in kept)) for kept in self.buffers]
+
+    def _output(self, hidden: Tensor) -> Output:
+        logits = self.base.model.get_output_embeddings()(hidden)
+        return Output(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden)
+
+
+class _AnyRows:
+    """Rows of any causal language model, padded on the left, in transformers' own cache."""
+
+    def __init__(self, base: BaseModel, cache: Any, mask: Tensor, positions: Tensor) -> None:
+        self.base, self.cache, self.mask, self.positions = base, cache, mask, positions
+
+    @classmethod
+    def begin(cls, base: BaseModel, prefix: Any, prompts: Sequence[Sequence[int]]) -> tuple[Output, "_AnyRows"]:
+        rows = align(prompts, [[]] * len(prompts), base.pad_id, base.device)
+        length = prefix.get_seq_length()
+        shared = _empty_cache(base)
+        for index, layer in enumerate(prefix.layers):
+            shared.update(*(x.expand(len(prompts), -1, -1, -1) for x in (layer.keys, layer.values)), index)
+        self = cls(base, shared, rows.full_mask(length), rows.positions(length))
+        return self._run(rows.ids), self
+
+    def step(self, ids: Tensor) -> Output:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self.positions = self.positions[:, -1:] + 1
+        return self._run(ids[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+    def _run(self, ids: Tensor) -> Output:
+        output = self.base.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=True,
+        )
+        return Output(output.logits[:, -1].float(), output.hidden_states[-1][:, -1])
+
+
+def _empty_cache(base: BaseModel) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=base.model.config)
