@@ -4,8 +4,8 @@ Every row the model sees reads
 
     [constant prefix: template text and soft prompt] [user text] [template text] [response]
 
-The constant prefix is the same for all rows, so it is run once and shared (see `prefix.py`). User text is encoded apart
-from the template, so that a user who spells control tokens (`<|im_end|>`) gets plain characters.
+The constant prefix is the same for all rows, so it is run once and shared (`packed.py`, `decoding.py`). User text is encoded
+apart from the template, so that a user who spells control tokens (`<|im_end|>`) gets plain characters.
 """
 
 import re
