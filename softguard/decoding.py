@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softguard import frozen
-from softguard.attention import Layout, attend_rows, flat_of, rows_of
+from softguard.attention import Layout, flat_of, rows_of
 from softguard.chat import Chat, align
 from softguard.models import BaseModel
 from softguard.prefix import prefix_embeddings
@@ -102,13 +102,22 @@ class _PlainRows:
         at = Layout(0, lengths, prefix[0].keys)
         positions = torch.cat([self.start + torch.arange(n) for n in lengths]).to(base.device)
 
+        width = self.start + at.width
+        tokens = torch.arange(width, device=base.device)
+        seen = tokens <= self.start + torch.arange(at.width, device=base.device)[:, None]  # (T, tokens); padding is behind
+
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             groups = k.shape[1]
-            q, k, v = (rows_of(x, groups, at) for x in (q * self.scaling, k, v))
             for buffer, resident, own in zip(self.buffers[index], self.prefix[index], (k, v), strict=True):
                 buffer[:, :, : self.start] = resident
-                buffer[:, :, self.start : self.start + at.width] = own.squeeze(2).transpose(0, 1)
-            mixed, _ = attend_rows(q, *self.prefix[index], k, v, at.own)
+                buffer[:, :, self.start : width] = rows_of(own, groups, at).squeeze(2).transpose(0, 1)
+            keys, values = self.buffers[index]
+            rows = rows_of(q, groups, at)
+            mixed = torch.nn.functional.scaled_dot_product_attention(
+                rows.transpose(0, 1).flatten(1, 2), keys[:, :, :width], values[:, :, :width], seen, scale=self.scaling,
+                enable_gqa=True,
+            )  # fmt: skip
+            mixed = mixed.view(len(lengths), groups, -1, *mixed.shape[2:]).transpose(0, 1)
             return flat_of(mixed.new_empty(0, mixed.shape[-1]), mixed, at)
 
         embeddings = base.model.get_input_embeddings()(ids)
