@@ -171,6 +171,7 @@ def sdft(base: BaseModel, shape: Shape) -> Callable[[], None]:
     from datasets import Dataset
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
+    base.model.is_quantized = False  # its weights are floats since it was loaded; the trainer goes by the file they came from
     model, optimiser = _prompt_tuned(base)
     prompts = torch.tensor(random_ids(shape.batch, _template(base) + shape.prompt))
     answers = torch.tensor(random_ids(shape.batch, shape.response))
@@ -190,6 +191,7 @@ def sdft(base: BaseModel, shape: Shape) -> Callable[[], None]:
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
         bf16=False,
+        gradient_checkpointing=False,
     )
     rows = Dataset.from_list([{"prompt": "x", "privileged_context": "x"}] * shape.batch)
     trainer = SDFTTrainer(model=model, args=args, train_dataset=rows, processing_class=base.tokenizer)
