@@ -142,11 +142,12 @@ def _streams(prompts: Sequence[str], length: int, seed: int) -> np.ndarray[Any, 
 def _inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
     """Draw one id a row: (rows, vocabulary) probabilities and (rows,) uniform numbers to (rows,) ids.
 
-    Sums are float64, first of blocks of ids and then within the block that `u` falls into: one pass over the vocabulary.
+    Sums over blocks of ids are float64, as are those within the block that `u` falls into: one pass over the vocabulary.
     """
-    padded = torch.nn.functional.pad(probabilities, (0, -probabilities.shape[-1] % _BLOCK))
+    short = -probabilities.shape[-1] % _BLOCK
+    padded = torch.nn.functional.pad(probabilities, (0, short)) if short else probabilities
     blocks = padded.view(len(probabilities), -1, _BLOCK)
-    upto = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (rows, blocks)
+    upto = blocks.sum(-1).double().cumsum(-1)  # (rows, blocks)
     target = u.double()[:, None] * upto[:, -1:]
     block = torch.searchsorted(upto, target, right=True).clamp(max=upto.shape[-1] - 1)
     before = torch.where(block > 0, upto.gather(-1, (block - 1).clamp(min=0)), 0.0)
