@@ -33,7 +33,7 @@ class Layout:
         self.tokens = prefix + int(size.sum())
         self._device = like.device
         self._token = prefix + torch.where(there, (size.cumsum(0) - size)[:, None] + position, 0)  # (B, T)
-        self._real = there.flatten().nonzero().squeeze(-1)  # of B·T
+        self._there = there.flatten()  # (B·T,), False on padding
         self._orders: dict[tuple[int, int], _Order] = {}
 
     def order(self, heads: int, groups: int) -> "_Order":
@@ -41,10 +41,9 @@ class Layout:
         if (heads, groups) not in self._orders:
             head = torch.arange(heads).view(groups, 1, -1, 1)
             spread = self._token[:, None] * heads + head  # (groups, B, heads a group, T)
-            place = torch.arange(spread.numel()).view(spread.shape)
-            gather = place.permute(1, 3, 0, 2).flatten(0, 1)[self._real]
-            pads = place.permute(1, 3, 0, 2).flatten(0, 1)[_others(self._real, self.rows * self.width)]
-            self._orders[heads, groups] = _Order(*(i.flatten().to(self._device) for i in (spread, gather, pads)))
+            place = torch.arange(spread.numel()).view(spread.shape).permute(1, 3, 0, 2).flatten(0, 1)  # (B·T, groups, …)
+            indices = spread, place[self._there], place[~self._there]
+            self._orders[heads, groups] = _Order(*(i.flatten().to(self._device) for i in indices))
         return self._orders[heads, groups]
 
 
@@ -52,10 +51,6 @@ class _Order(NamedTuple):
     spread: Tensor  # of attention's order, into (tokens, heads)
     gather: Tensor  # of (tokens of rows, heads), into attention's order
     pads: Tensor  # of the padding, in attention's order
-
-
-def _others(some: Tensor, count: int) -> Tensor:
-    return torch.ones(count, dtype=torch.bool).index_fill_(0, some, False).nonzero().squeeze(-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, at: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -69,11 +64,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, at: Layout) -> tuple
     qr, kr, vr = (rows_of(x, groups, at) for x in (q, k, v))
     scores = (qp @ kp.mT).view(groups, -1, at.prefix, at.prefix) + at.causal
     wp = scores.softmax(-1).flatten(1, 2)  # sums are float32 whatever goes in and out
-    out, wr = attend_rows(qr, kp, vp, kr, vr, at.own)
+    out, wr = _attend_rows(qr, kp, vp, kr, vr, at.own)
     return flat_of(wp @ vp, out, at), (qp, kp, vp, qr, kr, vr, wp, wr)
 
 
-def attend_rows(q: Tensor, kp: Tensor, vp: Tensor, k: Tensor, v: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+def _attend_rows(q: Tensor, kp: Tensor, vp: Tensor, k: Tensor, v: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of scaled queries q (groups, B, heads a group, Q, width) to the prefix's kp, vp (groups, P, width) and to the
     keys and values k, v (groups, B, 1, T, width) of their own row, to whose scores `own` is added.
 

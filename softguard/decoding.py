@@ -1,6 +1,6 @@
-"""Answers token by token behind a resident prefix, whose keys and values are there once for all rows.
+"""Answers token by token behind a resident prefix, whose keys and values are computed once and copied to every row.
 
-Models `frozen` knows run written out: rows are not padded, and their keys and values lie in buffers of the length they will
+Models `frozen` knows run written out: prompts are not padded, and keys and values lie in buffers of the length they will
 need. All others run as transformers has them.
 """
 

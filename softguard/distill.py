@@ -131,7 +131,7 @@ class _Trainer:
         self.optimiser.zero_grad()
         safe = refusal = 0.0
         for where in np.array_split(np.arange(len(examples)), min(self.config.accumulate, len(examples))):
-            part = [examples[i] for i in where]  # neighbours in length, so that little is padded
+            part = [examples[i] for i in where]  # neighbours in length, so that attention pads little
             batch, _ = self._batch(part, epoch, len(examples))
             losses = self.objective(batch, self.config.length)
             total = self.config.safe_weight * losses.safe + self.config.refusal_weight * losses.refusal

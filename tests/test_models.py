@@ -75,3 +75,13 @@ def test_a_damaged_gguf_file_is_told_in_one_line(tmp_path: Path) -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(SoftguardError, match="float32, bfloat16"):
         load_base("smollm2", dtype="float8")
+
+
+@pytest.mark.parametrize("setting", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
+def test_a_head_whose_logits_are_changed_afterwards_is_refused(
+    setting: str, small: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert small.head.shape == (len(small.model.get_input_embeddings().weight), small.hidden)
+    monkeypatch.setattr(small.model.config, setting, 30.0, raising=False)
+    with pytest.raises(SoftguardError, match=setting):
+        _ = small.head
