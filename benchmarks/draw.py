@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from benchmarks.record import alternate, arguments, keep, machine
+from benchmarks.sample import engine_and_texts
 from softguard.chat import Chat, align
 from softguard.engine import Engine
-from softguard.models import BaseModel, load_base
-from softguard.prompts import packaged_suite, thin
+from softguard.models import BaseModel
+from softguard.prompts import thin
 
 TOKENS = 64
 SIZES = (1, 4, 8, 16, 32, 64)
@@ -29,10 +30,8 @@ def main() -> None:
     parser.add_argument("--peer-prompts", type=int, default=64)
     options = parser.parse_args()
     before = machine(options.threads)
-    base = load_base(dtype="auto")
-    texts = [p.text for suite in ("harmful", "contrast", "everyday") for p in packaged_suite(suite, "train")]
-    texts = thin(texts, options.prompts)
-    engine = Engine(base, Chat(base.tokenizer, "start", base.stop_ids))
+    engine, texts = engine_and_texts("train", options.prompts)
+    base = engine.base
     ours, our_trials = _best(lambda size, some: draw(engine, some, size), texts)
     peer, peer_trials = _best(lambda size, some: generate(base, engine.chat, some, size), texts)
     made: dict[str, list[int]] = {"softguard": [], "transformers generate": []}

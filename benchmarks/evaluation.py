@@ -9,10 +9,9 @@ import time
 from typing import Any
 
 from benchmarks.record import alternate, arguments, keep, machine
-from softguard.chat import Chat
-from softguard.engine import Engine
-from softguard.models import BaseModel, load_base
-from softguard.prompts import packaged_suite, thin
+from benchmarks.sample import engine_and_texts
+from softguard.models import BaseModel
+from softguard.prompts import thin
 
 TOKENS = 64
 SIZES = (1, 4, 8, 16, 32)
@@ -23,10 +22,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     options = parser.parse_args()
     before = machine(options.threads)
-    base = load_base(dtype="auto")
-    texts = [p.text for suite in ("harmful", "contrast", "everyday") for p in packaged_suite(suite, "test")]
-    texts = thin(texts, options.prompts)
-    engine = Engine(base, Chat(base.tokenizer, "start", base.stop_ids))
+    engine, texts = engine_and_texts("test", options.prompts)
+    base = engine.base
     trials = {}
     for size in SIZES:
         model, some = _lm_eval(base, size), thin(texts, 2 * size)
