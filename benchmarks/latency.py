@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import arguments, keep, machine
-from softguard.adapters import initial_vectors
+from softguard.adapters import Adapter, initial_vectors
 from softguard.chat import Chat, Turn
 from softguard.config import DEFAULT_INSTRUCTION, SystemConfig
 from softguard.engine import Engine
@@ -62,8 +62,8 @@ def main() -> None:
 
 def _sides(base: BaseModel) -> dict[str, Callable[[], Timed]]:
     chat = Chat(base.tokenizer, "start", base.stop_ids)
-    vectors = initial_vectors(base, DEFAULT_INSTRUCTION, VECTORS)
-    alone, soft = Engine(base, chat), Engine(base, chat, vectors)
+    vectors = initial_vectors(base, "soft_prompt", DEFAULT_INSTRUCTION, VECTORS)
+    alone, soft = Engine(base), Engine(base, Adapter("soft_prompt", vectors, "start", {}))
     guard = SafeSystem.from_config(SystemConfig())
     ids = torch.tensor([[*chat.prefix.before, *chat.prefix.after, *chat.encode(PROMPT)]])
     policy = " ".join([DEFAULT_INSTRUCTION] * 20)

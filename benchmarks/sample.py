@@ -1,6 +1,5 @@
 """What the benchmarks of answering ask, and the engine they ask."""
 
-from softguard.chat import Chat
 from softguard.engine import Engine
 from softguard.models import load_base
 from softguard.prompts import packaged_suite, thin
@@ -10,4 +9,4 @@ def engine_and_texts(split: str, count: int) -> tuple[Engine, list[str]]:
     """The demo model without a soft prompt, and `count` prompts spread over the packaged suites of a split."""
     base = load_base(dtype="auto")
     texts = [p.text for suite in ("harmful", "contrast", "everyday") for p in packaged_suite(suite, split)]
-    return Engine(base, Chat(base.tokenizer, "start", base.stop_ids)), thin(texts, count)
+    return Engine(base), thin(texts, count)

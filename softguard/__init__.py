@@ -1,10 +1,10 @@
-"""softguard: distil a language model and its guard into a soft prompt for the same frozen model."""
+"""softguard: distil a language model and its guard into a soft prompt, or a key/value prefix, for the same frozen model."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softguard.adapters import SoftPrompt
+    from softguard.adapters import Adapter
     from softguard.chat import Chat, Turn
     from softguard.config import Recipe, load_recipe
     from softguard.corpus import Corpus, teach
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOMES = {
-    "BaseModel": "models", "Chat": "chat", "Corpus": "corpus", "Engine": "engine", "Guard": "guards", "Recipe": "config",
-    "Results": "evaluation", "SafeSystem": "system", "SoftPrompt": "adapters", "SoftguardError": "errors", "Turn": "chat",
+    "Adapter": "adapters", "BaseModel": "models", "Chat": "chat", "Corpus": "corpus", "Engine": "engine", "Guard": "guards",
+    "Recipe": "config", "Results": "evaluation", "SafeSystem": "system", "SoftguardError": "errors", "Turn": "chat",
     "distil": "distill", "evaluate": "evaluation", "load_base": "models", "load_guard": "guards", "load_recipe": "config",
     "teach": "corpus",
 }  # fmt: skip
 __all__ = [
-    "BaseModel", "Chat", "Corpus", "Engine", "Guard", "Recipe", "Results", "SafeSystem", "SoftPrompt", "SoftguardError",
+    "Adapter", "BaseModel", "Chat", "Corpus", "Engine", "Guard", "Recipe", "Results", "SafeSystem", "SoftguardError",
     "Turn", "__version__", "distil", "evaluate", "load_base", "load_guard", "load_recipe", "teach",
 ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Attention over one flat sequence: a prefix, then rows that all continue it and do not see each other. No row is padded
-outside of it, and the prefix's keys and values are there once.
+outside of it, and the prefix's keys and values are there once. Before the prefix may stand keys and values that belong to no
+token, those of a key/value prefix.
 
 Attention's weights are small beside its inputs in training, so they are kept for the backward pass, which is written out.
 """
@@ -15,12 +16,15 @@ class Layout:
     """Where the tokens of P prefix positions and B rows of at most T tokens stand in the flat sequence.
 
     Attention's own order is (key heads, B, queries' heads a key head, T), rows padded on the right.
-    own: (B, 1, T, T) added to scores within a row; causal: (P, P) added to scores within the prefix.
+    own: (B, 1, T, T) added to scores within a row; causal: (P, before + P) added to scores of the prefix.
     """
 
-    def __init__(self, prefix: int, lengths: Sequence[int], like: Tensor) -> None:
-        """For rows of `lengths` tokens, and tensors of the dtype and on the device of `like`."""
-        self.prefix, self.rows, self.width = prefix, len(lengths), max(lengths)
+    def __init__(self, prefix: int, lengths: Sequence[int], like: Tensor, before: int = 0) -> None:
+        """For rows of `lengths` tokens, and tensors of the dtype and on the device of `like`.
+
+        `before`: keys and values that stand before the prefix and are no token's.
+        """
+        self.prefix, self.rows, self.width, self.before = prefix, len(lengths), max(lengths), before
         position, size = torch.arange(self.width), torch.tensor(lengths)
         there = position < size[:, None]  # (B, T)
         hidden = (position > position[:, None]) | ~there[:, None]  # (B, T, T)
@@ -29,7 +33,7 @@ class Layout:
         def scores(hidden: Tensor) -> Tensor:
             return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, low).to(like.device)
 
-        self.own, self.causal = scores(hidden)[:, None], scores(torch.ones(prefix, prefix).triu(1).bool())
+        self.own, self.causal = scores(hidden)[:, None], scores(torch.ones(prefix, before + prefix).triu(1 + before).bool())
         self.tokens = prefix + int(size.sum())
         self._device = like.device
         self._token = prefix + torch.where(there, (size.cumsum(0) - size)[:, None] + position, 0)  # (B, T)
@@ -53,16 +57,21 @@ class _Order(NamedTuple):
     pads: Tensor  # of the padding, in attention's order
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, at: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, at: Layout, before: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Softmax attention in a `Layout`: (tokens, heads, width) queries, (tokens, key heads, width) keys and values.
 
-    Returns (tokens, heads, width) and what `attend_backward` needs.
+    `before`: keys and values (key heads, at.before, width) that every token sees. Returns (tokens, heads, width) and what
+    `attend_backward` needs.
     """
     groups = k.shape[1]
     q = q * scaling
     qp, kp, vp = (_prefix(x, groups, at) for x in (q, k, v))
     qr, kr, vr = (rows_of(x, groups, at) for x in (q, k, v))
-    scores = (qp @ kp.mT).view(groups, -1, at.prefix, at.prefix) + at.causal
+    if before is not None:
+        kp, vp = (torch.cat([x, own], dim=1) for x, own in zip(before, (kp, vp), strict=True))
+    scores = (qp @ kp.mT).view(groups, -1, at.prefix, kp.shape[1]) + at.causal
     wp = scores.softmax(-1).flatten(1, 2)  # sums are float32 whatever goes in and out
     out, wr = _attend_rows(qr, kp, vp, kr, vr, at.own)
     return flat_of(wp @ vp, out, at), (qp, kp, vp, qr, kr, vr, wp, wr)
@@ -84,30 +93,36 @@ def _attend_rows(q: Tensor, kp: Tensor, vp: Tensor, k: Tensor, v: Tensor, own: T
     return out.add_((weights[..., prefix:].flatten(0, 1).flatten(1, 2) @ v).view(q.shape)), weights
 
 
-def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values from that of the result, all (tokens, heads, width)."""
+def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at: Layout) -> tuple[Tensor, ...]:
+    """Gradients of queries, keys and values from that of the result, all (tokens, heads, width), and of keys and values
+    before the prefix, (key heads, at.before, width).
+    """
     qp, kp, vp, qr, kr, vr, wp, wr = kept
-    groups = len(kp)
+    groups, seen = kp.shape[:2]
     gp, gr = _prefix(gradient, groups, at), rows_of(gradient, groups, at)
     gr.view(-1, gr.shape[-1]).index_fill_(0, at.order(gradient.shape[1], groups).pads, 0)  # padding asks for nothing
     sp = torch._softmax_backward_data(gp @ vp.mT, wp, -1, wp.dtype)
     inner = torch.empty_like(wr)
-    inner[..., : at.prefix] = (gr.flatten(1, 3) @ vp.mT).view(*gr.shape[:-1], at.prefix)
+    inner[..., :seen] = (gr.flatten(1, 3) @ vp.mT).view(*gr.shape[:-1], seen)
     flat_q, flat_k, flat_v, flat_g = (
         qr.flatten(0, 1).flatten(1, 2),
         kr.flatten(0, 2),
         vr.flatten(0, 2),
         gr.flatten(0, 1).flatten(1, 2),
     )
-    inner[..., at.prefix :] = (flat_g @ flat_v.mT).view(*gr.shape[:-1], at.width)
+    inner[..., seen:] = (flat_g @ flat_v.mT).view(*gr.shape[:-1], at.width)
     sr = torch._softmax_backward_data(inner, wr, -1, wr.dtype)
-    s_seen, s_own = sr[..., : at.prefix].flatten(1, 3), sr[..., at.prefix :].flatten(0, 1).flatten(1, 2)
-    w_seen, w_own = wr[..., : at.prefix].flatten(1, 3), wr[..., at.prefix :].flatten(0, 1).flatten(1, 2)
+    s_seen, s_own = sr[..., :seen].flatten(1, 3), sr[..., seen:].flatten(0, 1).flatten(1, 2)
+    w_seen, w_own = wr[..., :seen].flatten(1, 3), wr[..., seen:].flatten(0, 1).flatten(1, 2)
     dq = (s_seen @ kp).view(qr.shape).add_((s_own @ flat_k).view(qr.shape))
+    dk = torch.baddbmm(sp.mT @ qp, s_seen.mT, qr.flatten(1, 3))
+    dv = torch.baddbmm(wp.mT @ gp, w_seen.mT, gr.flatten(1, 3))
     return (
         flat_of(sp @ kp, dq, at).mul_(scaling),
-        flat_of(torch.baddbmm(sp.mT @ qp, s_seen.mT, qr.flatten(1, 3)), (s_own.mT @ flat_q).view(kr.shape), at),
-        flat_of(torch.baddbmm(wp.mT @ gp, w_seen.mT, gr.flatten(1, 3)), (w_own.mT @ flat_g).view(vr.shape), at),
+        flat_of(dk[:, at.before :], (s_own.mT @ flat_q).view(kr.shape), at),
+        flat_of(dv[:, at.before :], (w_own.mT @ flat_g).view(vr.shape), at),
+        dk[:, : at.before],
+        dv[:, : at.before],
     )
 
 
@@ -127,7 +142,7 @@ def flat_of(prefix: Tensor, rows: Tensor, at: Layout) -> Tensor:
     """Back to (tokens, heads, width) from what `_prefix` and `rows_of` make."""
     heads, width = rows.shape[0] * rows.shape[2], rows.shape[-1]
     result = rows.new_empty(at.tokens, heads, width)
-    result[: at.prefix] = prefix.view(heads, at.prefix, width).transpose(0, 1)
+    result[: at.prefix] = prefix.reshape(heads, at.prefix, width).transpose(0, 1)
     order = at.order(heads, rows.shape[0])
     torch.index_select(rows.reshape(-1, width), 0, order.gather, out=result[at.prefix :].view(-1, width))
     return result

@@ -157,13 +157,13 @@ def _distil(options: argparse.Namespace) -> None:
         print(distil_plan(recipe, corpus, base))
         return
     with Steps(recipe.distil.steps) as steps:
-        prompt = distil(recipe, corpus, options.out, base, steps)
-    print(f"soft prompt of {prompt.n_soft} vectors, {prompt.vectors.numel() * 4:,} bytes, in {options.out}")
+        adapter = distil(recipe, corpus, options.out, base, steps)
+    print(f"{adapter.kind} of {adapter.n_soft} vectors, {adapter.bytes:,} bytes, in {options.out}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
-    from softguard.adapters import SoftPrompt
+    from softguard.adapters import Adapter
     from softguard.estimate import evaluate_plan
     from softguard.evaluation import evaluate
     from softguard.progress import Bars
@@ -172,7 +172,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)  # before the model is loaded for nothing
     system, base = _system(recipe), _base(recipe)
-    adapter = SoftPrompt.load(options.adapter, base) if options.adapter else None
+    adapter = Adapter.load(options.adapter, base) if options.adapter else None
     if options.dry_run:
         print(evaluate_plan(recipe, base, adapter is not None))
         return
@@ -184,8 +184,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _chat(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
-    from softguard.adapters import SoftPrompt
-    from softguard.chat import Chat
+    from softguard.adapters import Adapter
     from softguard.conversation import converse
     from softguard.engine import Engine
 
@@ -196,10 +195,10 @@ def _chat(options: argparse.Namespace) -> None:
     base = _base(recipe)
     engines = {}
     if options.compare or not options.adapter:
-        engines["base"] = Engine(base, Chat(base.tokenizer, "start", base.stop_ids))
+        engines["base"] = Engine(base)
     if options.adapter:
-        adapter = SoftPrompt.load(options.adapter, base)
-        engines["distilled"] = Engine(base, Chat(base.tokenizer, adapter.slot, base.stop_ids), adapter.vectors)
+        adapter = Adapter.load(options.adapter, base)
+        engines["distilled"] = Engine(base, adapter)
     if options.dry_run:
         print(f"chat: would talk to {' and '.join(engines)} until an empty line")
         return

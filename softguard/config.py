@@ -63,8 +63,9 @@ class TeachConfig:
 
 @dataclass(frozen=True)
 class DistilConfig:
-    """Training the soft prompt."""
+    """Training the adapter."""
 
+    adapter: Literal["soft_prompt", "kv_prefix"] = "soft_prompt"  # vectors in the slot, or keys and values before everything
     objective: str = "tv"
     length: Literal["sum", "mean"] = "sum"  # log-probabilities summed (calibrated) or averaged over tokens
     slot: Literal["start", "system"] = "start"
@@ -162,6 +163,8 @@ class Recipe:
         for key, share in shares.items():
             if share is not None and not 0 <= share <= 1:
                 raise SoftguardError(f"{key} is {share}; it must lie in [0, 1]")
+        if d.adapter == "kv_prefix" and d.slot != "start":
+            raise SoftguardError(f"distil.slot is {d.slot}; a kv_prefix stands before everything, leave it start")
         if d.objective.endswith("-paper") and d.drift_weight != 1:
             raise SoftguardError(
                 f"distil.drift_weight is {d.drift_weight}; objective {d.objective} has no such weight, leave it 1"

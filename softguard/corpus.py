@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from softguard.chat import Chat
 from softguard.config import Recipe, fingerprint
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
@@ -152,7 +151,6 @@ def teach(
     prompts, a failing guard (shards finished so far stay and are not drawn again), a full disk, or a folder that holds another
     recipe's corpus.
     """
-    chat = Chat(base.tokenizer, "start", base.stop_ids)
     teacher = {
         "version": VERSION,
         "model": base.name,
@@ -184,7 +182,7 @@ def teach(
     sources = {"train": (wanted.prompts, wanted.limit), "validation": (wanted.validation, wanted.validation_limit)}
     # A first pass over all prompts finds a malformed row before hours are spent, and tells how long it will take.
     totals = {split: sum(1 for _ in read_prompts(*source)) for split, source in sources.items()}
-    engine = Engine(base, chat)
+    engine = Engine(base)
     shards: dict[str, list[str]] = {}
     prompts: dict[str, int] = {}
     for split, source in sources.items():

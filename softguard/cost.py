@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 import softguard
-from softguard.adapters import SoftPrompt
+from softguard.adapters import Adapter
 from softguard.chat import Turn
 from softguard.engine import Engine
 from softguard.models import BaseModel
@@ -34,7 +34,7 @@ def measure_cost(
     base: BaseModel,
     base_engine: Engine,
     system: SafeSystem,
-    adapter: SoftPrompt | None,
+    adapter: Adapter | None,
     distilled_engine: Engine | None,
 ) -> list[Cost]:
     """Sizes of every system, and medians over rounds in which the systems take turns.
@@ -56,8 +56,8 @@ def measure_cost(
         engines["distilled"] = distilled_engine
         extra = adapter.vectors.numel()
         costs.append(Cost("distilled", "parameters", model + extra, "count"))
-        costs.append(Cost("distilled", "weights in memory", weights + extra * adapter.vectors.element_size(), "bytes"))
-        costs.append(Cost("distilled", "adapter", extra * adapter.vectors.element_size(), "bytes"))
+        costs.append(Cost("distilled", "weights in memory", weights + adapter.bytes, "bytes"))
+        costs.append(Cost("distilled", "adapter", adapter.bytes, "bytes"))
     for name, (first, rate) in _times(engines, system).items():
         costs.append(Cost(name, "time to first token", first, "ms"))
         costs.append(Cost(name, "decoding speed", rate, "tokens/s"))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from softguard import frozen
+from softguard.adapters import Adapter
 from softguard.attention import Layout, flat_of, rows_of
 from softguard.chat import Chat, align
 from softguard.models import BaseModel
-from softguard.prefix import prefix_embeddings
+from softguard.prefix import ConstantPrefix, constant_prefix
 
 
 class Output(NamedTuple):
@@ -45,15 +46,17 @@ class Resident(NamedTuple):
 
 
 @torch.inference_mode()
-def make_resident(base: BaseModel, chat: Chat, soft_prompt: Tensor | None) -> Resident:
-    """Run the constant prefix with `soft_prompt` (n_soft, hidden), or without, and keep it."""
+def make_resident(base: BaseModel, chat: Chat, adapter: Adapter | None) -> Resident:
+    """Run the constant prefix with `adapter`, or without, and keep it."""
+    prefix = constant_prefix(base, chat, adapter)
     if frozen.is_plain(base.model.get_decoder()):
-        embeddings = prefix_embeddings(base, chat, soft_prompt)[0]
-        kept = _run_plain_prefix(base, embeddings)
-        return Resident(len(embeddings), lambda prompts, new: _PlainRows.begin(base, kept, prompts, new))
+        kept = _run_plain_prefix(base, prefix)
+        return Resident(prefix.length, lambda prompts, new: _PlainRows.begin(base, kept, prompts, new))
     cache = _empty_cache(base)
-    base.model(inputs_embeds=prefix_embeddings(base, chat, soft_prompt), past_key_values=cache, use_cache=True)
-    return Resident(cache.get_seq_length(), lambda prompts, new: _AnyRows.begin(base, cache, prompts))
+    for index, (keys, values) in enumerate(prefix.keys_values or ()):
+        cache.update(keys[None], values[None], index)
+    base.model(inputs_embeds=prefix.embeddings[None], past_key_values=cache, use_cache=True)
+    return Resident(prefix.length, lambda prompts, new: _AnyRows.begin(base, cache, prompts))
 
 
 class _Kept(NamedTuple):
@@ -63,19 +66,24 @@ class _Kept(NamedTuple):
     values: Tensor
 
 
-def _run_plain_prefix(base: BaseModel, embeddings: Tensor) -> list[_Kept]:
+def _run_plain_prefix(base: BaseModel, prefix: ConstantPrefix) -> list[_Kept]:
     kept = []
+    tokens = len(prefix.embeddings)
+    before = prefix.length - tokens
+    seen = torch.ones(tokens, prefix.length, dtype=torch.bool, device=base.device).tril(before)
 
     def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
-        kept.append(_Kept(k, v))
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        if prefix.keys_values:
+            k, v = (torch.cat(pair, dim=1) for pair in zip(prefix.keys_values[index], (k, v), strict=True))
+        kept.append(_Kept(k.contiguous(), v.contiguous()))
         mixed = torch.nn.functional.scaled_dot_product_attention(
-            q[None], k[None], v[None], is_causal=True, scale=frozen.scaling(base.model.get_decoder()), enable_gqa=True
+            q[None], k[None], v[None], seen, scale=frozen.scaling(base.model.get_decoder()), enable_gqa=True
         )
         return mixed[0].transpose(0, 1)
 
-    positions = torch.arange(len(embeddings), device=base.device)
-    frozen.infer(base.model.get_decoder(), embeddings, positions, attend)
+    positions = torch.arange(before, prefix.length, device=base.device)
+    frozen.infer(base.model.get_decoder(), prefix.embeddings, positions, attend)
     return kept
 
 
@@ -144,6 +152,7 @@ class _PlainRows:
 
     def keep(self, rows: Tensor) -> None:
         self.lengths = self.lengths[rows]
+        self.longest = int(self.lengths.max())
         self.buffers = [_Kept(*(x[rows] for x in kept)) for kept in self.buffers]
 
     def _output(self, hidden: Tensor) -> Output:

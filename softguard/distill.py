@@ -1,4 +1,4 @@
-"""The one training loop: corpus in, soft prompt out.
+"""The one training loop: corpus in, adapter out.
 
 The constant prefix is run once for all rows of a pass (`packed`), not once a row. Batches are a function of (seed, step)
 alone and checkpoints hold the optimiser's whole state, so that a killed run goes on and ends with the weights of an
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softguard.adapters import SoftPrompt, initial_vectors
+from softguard.adapters import Adapter, initial_vectors
 from softguard.chat import Chat
 from softguard.config import Recipe, fingerprint
 from softguard.corpus import Corpus, Example
@@ -27,7 +27,7 @@ from softguard.kernels import log_law, per_token
 from softguard.models import BaseModel
 from softguard.objectives import Batch, divergences, find_objective
 from softguard.packed import packed_hidden
-from softguard.prefix import prefix_embeddings
+from softguard.prefix import constant_prefix
 from softguard.prompts import thin
 
 _NO_WEIGHT = 1e-3  # branches the system takes less often than this are left out
@@ -48,8 +48,8 @@ class Step(NamedTuple):
 
 def distil(
     recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel, progress: Callable[[Step], None] = lambda step: None
-) -> SoftPrompt:
-    """Train the soft prompt a recipe describes and save it under `out`; resumes from `out/checkpoint` where one is.
+) -> Adapter:
+    """Train the adapter a recipe describes and save it under `out`; resumes from `out/checkpoint` where one is.
 
     Every line of `out/log.jsonl` is also given to `progress`. Raises SoftguardError if the corpus is another model's, `out`
     holds another recipe's run, or the loss is no longer finite.
@@ -78,11 +78,12 @@ class _Trainer:
         self.chat = Chat(base.tokenizer, self.config.slot, base.stop_ids)
         self.refusal = self.chat.encode_response(recipe.system.refusal)
         self.accelerator = Accelerator(cpu=base.device.type == "cpu")
-        self.vectors = torch.nn.Parameter(initial_vectors(base, self.config.init_text, self.config.n_soft))
+        self.vectors = torch.nn.Parameter(initial_vectors(base, self.config.adapter, self.config.init_text, self.config.n_soft))
         optimiser = torch.optim.Adam([self.vectors], lr=self.config.learning_rate, betas=(0.9, 0.98), eps=1e-7)
         schedule = get_cosine_schedule_with_warmup(optimiser, self.config.warmup, self.config.steps)
         self.optimiser, self.schedule = self.accelerator.prepare(optimiser, schedule)
-        self.teacher_prefix = prefix_embeddings(base, self.chat, None)
+        self.teacher_prefix = constant_prefix(base, self.chat, None)
+        self.student = Adapter(self.config.adapter, self.vectors, self.config.slot, {})
         self.best = self.vectors.detach().clone()
         self.best_loss, self.since_best, self.step = float("inf"), 0, 0
         self.settings = fingerprint(
@@ -90,7 +91,7 @@ class _Trainer:
         )
         self.log: list[str] = []
 
-    def run(self, progress: Callable[[Step], None]) -> SoftPrompt:
+    def run(self, progress: Callable[[Step], None]) -> Adapter:
         self._resume()
         for line in self.log:
             progress(Step(**json.loads(line)))
@@ -109,9 +110,8 @@ class _Trainer:
                 progress(e)
             if last or len(entries) > 1 or self.step % self.config.checkpoint_every == 0:
                 self._checkpoint()
-        prompt = SoftPrompt(self.best, self.config.slot, self._facts())
-        prompt.save(self.out, self.base)
-        return prompt
+        Adapter(self.config.adapter, self.best, self.config.slot, self._facts()).save(self.out, self.base)
+        return Adapter.load(self.out, self.base)  # as stored
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -187,7 +187,7 @@ class _Trainer:
         answers = responses + [self.refusal] * len(refused)
         rows = [encoded[i] + answer[:-1] for i, answer in zip(safe + refused, answers, strict=True)]
         wanted = [len(answer) for answer in answers]
-        prefix = prefix_embeddings(self.base, self.chat, self.vectors)
+        prefix = constant_prefix(self.base, self.chat, self.student)
         hidden = packed_hidden(self.base, prefix, rows, wanted)
         head = self.base.head
         student = _padded(hidden[: len(safe)], hidden[0])

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softguard.adapters import Adapter
 from softguard.chat import Chat, Turn
 from softguard.decoding import make_resident
 from softguard.errors import SoftguardError
@@ -31,13 +32,13 @@ class _Token(NamedTuple):
 
 
 class Engine:
-    """A base model with, or without, a soft prompt resident in its cache."""
+    """A base model with, or without, an adapter resident in its cache."""
 
-    def __init__(self, base: BaseModel, chat: Chat, soft_prompt: Tensor | None = None) -> None:
-        """`soft_prompt`: (n_soft, hidden), or none for the base alone."""
+    def __init__(self, base: BaseModel, adapter: Adapter | None = None) -> None:
+        """`adapter`: none for the base alone."""
         self.base = base
-        self.chat = chat
-        self.prefix = make_resident(base, chat, soft_prompt)
+        self.chat = Chat(base.tokenizer, adapter.slot if adapter else "start", base.stop_ids)
+        self.prefix = make_resident(base, self.chat, adapter)
 
     def generate(
         self,

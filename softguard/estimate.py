@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from softguard.chat import Chat
 from softguard.config import Recipe
 from softguard.corpus import Corpus
 from softguard.distill import time_step
@@ -35,8 +34,8 @@ def distil_plan(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
         seconds = time_step(recipe, corpus, Path(folder), base) * recipe.distil.steps
     return (
         f"distil: {recipe.distil.steps} steps of {recipe.distil.batch_size} prompts from a corpus of "
-        f"{corpus.size('train'):,}, objective {recipe.distil.objective}, {recipe.distil.n_soft} vectors in slot "
-        f"{recipe.distil.slot}; about {_minutes(seconds)}"
+        f"{corpus.size('train'):,}, objective {recipe.distil.objective}, {recipe.distil.adapter} of "
+        f"{recipe.distil.n_soft} vectors in slot {recipe.distil.slot}; about {_minutes(seconds)}"
     )
 
 
@@ -52,7 +51,7 @@ def evaluate_plan(recipe: Recipe, base: BaseModel, adapted: bool) -> str:
 
 def _generation(base: BaseModel, texts: list[str], new: int) -> float:
     """Seconds a prompt, from a sample spread over `texts`."""
-    engine = Engine(base, Chat(base.tokenizer, "start", base.stop_ids))
+    engine = Engine(base)
     sample = thin(texts, _SAMPLE)
     engine.generate(sample[:2], 2)
     begin = time.perf_counter()

@@ -10,12 +10,15 @@
 
 Metrics: safety (share of answers the judge calls safe), refusal (share that are refusals, on the same prompts),
 over_refusal (share of refusals to harmless prompts), token_tv and token_kl (mean over the tokens of answers drawn from the
-base; nats for KL), gap_closed ((distilled − base) / (system − base) safety). Intervals are 95 %, exact for shares,
-bootstrap over prompts otherwise. `method` is "base", the system's mode, or the adapter's objective.
+base; nats for KL), perplexity_ratio (of those answers, to the base's), accuracy (share of questions whose right answer is the
+likeliest; what the system refuses is wrong), accuracy_change (to the base, paired), gap_closed ((distilled − base) / (system −
+base) safety). Intervals are 95 %, exact for shares, bootstrap over prompts otherwise. `method` is "base", the system's mode,
+or the adapter's objective.
 
 Answers are kept in `answers/`, one file a system and suite, and are not made again by a later run with the same settings.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +28,7 @@ import numpy as np
 import torch
 
 from softguard import stats
-from softguard.adapters import SoftPrompt
-from softguard.chat import Chat
+from softguard.adapters import Adapter
 from softguard.config import Recipe, fingerprint
 from softguard.cost import Cost, measure_cost, versions
 from softguard.divergences import token_kl, token_tv
@@ -37,7 +39,8 @@ from softguard.judges import Judge, is_refusal
 from softguard.kernels import per_token_between
 from softguard.models import BaseModel
 from softguard.packed import packed_hidden
-from softguard.prefix import prefix_embeddings
+from softguard.prefix import constant_prefix
+from softguard.scoring import likeliest, response_log_probs
 from softguard.suites import Suite, load_suites
 from softguard.system import SafeSystem
 
@@ -97,7 +100,7 @@ def evaluate(
     out: Path,
     base: BaseModel,
     system: SafeSystem,
-    adapter: SoftPrompt | None = None,
+    adapter: Adapter | None = None,
     judge: Judge | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Results:
@@ -114,6 +117,9 @@ def evaluate(
     for suite in suites:
         if suite.measure == "drift":
             rows += run.drift(suite)
+            continue
+        if suite.measure == "accuracy":
+            rows += run.accuracy(suite)
             continue
         base_texts = run.answers("base", suite)
         for name in run.systems:
@@ -147,21 +153,21 @@ class _Run:
         out: Path,
         base: BaseModel,
         system: SafeSystem,
-        adapter: SoftPrompt | None,
+        adapter: Adapter | None,
         progress: Callable[[str, int, int], None],
     ) -> None:
         self.recipe, self.out, self.system, self.base, self.progress = recipe, out, system, base, progress
         self.adapter = adapter
-        self.engines: dict[System, Engine] = {"base": Engine(base, Chat(base.tokenizer, "start", base.stop_ids))}
+        self.engines: dict[System, Engine] = {"base": Engine(base)}
         self.methods: dict[System, str] = {
             "base": "base",
             "safe_system": f"{system.config.mode} guard, {system.config.decision}",
         }
         identity = ""
         if adapter is not None:
-            self.engines["distilled"] = Engine(base, Chat(base.tokenizer, adapter.slot, base.stop_ids), adapter.vectors)
-            self.methods["distilled"] = str(adapter.facts.get("objective", "soft prompt"))
-            identity = fingerprint(adapter.slot, adapter.vectors.tolist())
+            self.engines["distilled"] = Engine(base, adapter)
+            self.methods["distilled"] = str(adapter.facts.get("objective", adapter.kind))
+            identity = fingerprint(adapter.kind, adapter.slot, adapter.vectors.tolist())
         self.systems: tuple[System, ...] = tuple(self.methods)
         self._identity: dict[System, str] = {"base": "", "distilled": identity}
 
@@ -196,9 +202,32 @@ class _Run:
         )
         rows = [self._drift_row("safe_system", suite, "token_tv", self._system_drift(suite, drawn))]
         if "distilled" in self.engines:
-            tv, kl = self._student_drift(suite.prompts, drawn, self._teller("distilled drift", suite))
+            tv, kl, loss = self._student_drift(suite.prompts, drawn, self._teller("distilled drift", suite))
             rows.append(self._drift_row("distilled", suite, "token_tv", tv))
             rows.append(self._drift_row("distilled", suite, "token_kl", kl))
+            value, low, high, n = stats.mean(loss, self.recipe.seed)
+            ratio = (math.exp(value), math.exp(low), math.exp(high), n)
+            rows.append(Row("distilled", self.methods["distilled"], suite.name, suite.split, "perplexity_ratio", *ratio))
+        return rows
+
+    def accuracy(self, suite: Suite) -> list[Row]:
+        """Share of questions whose right answer is the likeliest, and its paired change from the base."""
+        right: dict[System, list[bool]] = {}
+        for name, engine in self.engines.items():
+            adapter = self.adapter if name == "distilled" else None
+            prefix, told = constant_prefix(self.base, engine.chat, adapter), self._teller(f"{name} {suite.name}", suite)
+            chosen = likeliest(self.base, engine.chat, prefix, suite.prompts, suite.choices, told)
+            right[name] = [a == b for a, b in zip(chosen, suite.right, strict=True)]
+            if name == "base":
+                texts = [choices[i] for choices, i in zip(suite.choices, chosen, strict=True)]
+                kept = self.system.answer(suite.prompts, texts, self.recipe.seed)
+                right["safe_system"] = [hit and a == b for hit, a, b in zip(right["base"], kept, texts, strict=True)]
+        rows = []
+        for name, hits in right.items():
+            rows.append(Row(name, self.methods[name], suite.name, suite.split, "accuracy", *stats.share(hits)))
+            if name != "base":
+                change = [float(hit) - float(was) for hit, was in zip(hits, right["base"], strict=True)]
+                rows.append(self._drift_row(name, suite, "accuracy_change", change))
         return rows
 
     def _drift_row(self, name: System, suite: Suite, metric: str, values: Sequence[float]) -> Row:
@@ -212,26 +241,32 @@ class _Run:
     @torch.inference_mode()
     def _student_drift(
         self, prompts: Sequence[str], drawn: Sequence[Response], told: Callable[[int], None]
-    ) -> tuple[list[float], list[float]]:
+    ) -> tuple[list[float], list[float], list[float]]:
+        """Token TV, token KL and loss in log-probability a token, by answer."""
         base, student = self.engines["base"].chat, self.engines["distilled"].chat
         assert self.adapter is not None
         prefixes = (
-            prefix_embeddings(self.base, base, None),
-            prefix_embeddings(self.base, student, self.adapter.vectors),
+            constant_prefix(self.base, base, None),
+            constant_prefix(self.base, student, self.adapter),
         )
         encoded = [base.encode(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-        tv, kl = np.zeros(len(prompts)), np.zeros(len(prompts))
+        tv, kl, loss = np.zeros(len(prompts)), np.zeros(len(prompts)), np.zeros(len(prompts))
         for start in range(0, len(order), _DRIFT_BATCH):
             batch = order[start : start + _DRIFT_BATCH]
             ids = [list(drawn[i].ids) for i in batch]
             rows = [encoded[i] + r[:-1] for i, r in zip(batch, ids, strict=True)]
             teacher, states = (torch.cat(packed_hidden(self.base, prefix, rows, [len(r) for r in ids])) for prefix in prefixes)
-            for values, divergence in ((tv, token_tv), (kl, token_kl)):
-                tokens = per_token_between(divergence, teacher, states, self.base.head)
+            head, flat = self.base.head, [i for response in ids for i in response]
+            before, after = (response_log_probs(h, flat, head) for h in (teacher, states))
+            for values, tokens in (
+                (tv, per_token_between(token_tv, teacher, states, head)),
+                (kl, per_token_between(token_kl, teacher, states, head)),
+                (loss, before - after),
+            ):
                 values[batch] = [part.mean().item() for part in torch.split(tokens, [len(r) for r in ids])]
             told(len(batch))
-        return tv.tolist(), kl.tolist()
+        return tv.tolist(), kl.tolist(), loss.tolist()
 
 
 def _graded(methods: dict[System, str], suite: Suite, answers: dict[System, list[str]], judge: Judge, seed: int) -> list[Row]:

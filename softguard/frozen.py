@@ -1,16 +1,19 @@
-"""A decoder layer with frozen weights, its backward pass written out: gradients reach its input alone.
+"""A decoder layer with frozen weights, its backward pass written out: gradients reach its input, and keys and values that
+stand before it, alone.
 
 PyTorch would record some fifty small operations a layer and keep a tensor for most; here the same mathematics is two
 functions that keep what they need. Layers of another make than `is_plain` knows go through transformers' own code.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from softguard.attention import Layout, attend, attend_backward
+
+KeysValues = Sequence[tuple[Tensor, Tensor]]  # of every layer, (key heads, tokens, width) each
 
 _PLAIN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 
@@ -49,20 +52,27 @@ def infer(
     return decoder.norm(hidden)  # type: ignore[no-any-return]
 
 
-def run_layers(decoder: Any, embeddings: Tensor, positions: Tensor, at: Layout) -> Tensor:
-    """Last hidden states, (tokens, hidden), of embeddings (tokens, hidden) at `positions` (tokens,)."""
+def run_layers(decoder: Any, embeddings: Tensor, positions: Tensor, at: Layout, before: KeysValues | None = None) -> Tensor:
+    """Last hidden states, (tokens, hidden), of embeddings (tokens, hidden) at `positions` (tokens,).
+
+    `before`: by layer, the keys and values (key heads, at.before, width) that stand before all tokens.
+    """
     hidden, turn = embeddings, _turns(decoder, embeddings, positions)
-    for layer in decoder.layers:
-        hidden = _Layer.apply(hidden, layer, turn, at)  # type: ignore[no-untyped-call]
+    for index, layer in enumerate(decoder.layers):
+        keys, values = (None, None) if before is None else before[index]
+        hidden = _Layer.apply(hidden, keys, values, layer, turn, at)  # type: ignore[no-untyped-call]
     return decoder.norm(hidden)  # type: ignore[no-any-return]
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any, turn: tuple[Tensor, Tensor], at: Layout) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, keys: Tensor | None, values: Tensor | None, layer: Any, turn: tuple[Tensor, Tensor], at: Layout
+    ) -> Tensor:
         attention, mlp = layer.self_attn, layer.mlp
         first, first_scale = _norm(x, layer.input_layernorm)
-        mixed, kept = attend(*_queries_keys_values(attention, first, turn), attention.scaling, at)
+        before = None if keys is None or values is None else (keys, values)
+        mixed, kept = attend(*_queries_keys_values(attention, first, turn), attention.scaling, at, before)
         middle = attention.o_proj(mixed.flatten(1)).add_(x)
         second, second_scale = _norm(middle, layer.post_attention_layernorm)
         gate, up = mlp.gate_proj(second), mlp.up_proj(second)
@@ -72,7 +82,7 @@ class _Layer(torch.autograd.Function):
         return mlp.down_proj(opened * up).add_(middle)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         x, first_scale, middle, second_scale, gate, up, opened, *kept = ctx.saved_tensors
         attention, mlp, (cos, sin) = ctx.layer.self_attn, ctx.layer.mlp, ctx.turn
         into_product = outer @ mlp.down_proj.weight
@@ -81,11 +91,15 @@ class _Layer(torch.autograd.Function):
         into_second = torch.addmm(into_gate @ mlp.gate_proj.weight, into_up, mlp.up_proj.weight)
         into_middle = _norm_backward(into_second, middle, second_scale, ctx.layer.post_attention_layernorm).add_(outer)
         into_mixed = into_middle @ attention.o_proj.weight
-        q, k, v = attend_backward(into_mixed.view(len(x), -1, attention.head_dim), kept, attention.scaling, ctx.at)
+        q, k, v, keys, values = attend_backward(
+            into_mixed.view(len(x), -1, attention.head_dim), kept, attention.scaling, ctx.at
+        )
         q, k = _turn(q, cos, -sin), _turn(k, cos, -sin)  # a rotation's transpose is the rotation back
         into_first = torch.addmm(q.flatten(1) @ attention.q_proj.weight, k.flatten(1), attention.k_proj.weight)
         into_first = into_first.addmm_(v.flatten(1), attention.v_proj.weight)
-        return _norm_backward(into_first, x, first_scale, ctx.layer.input_layernorm).add_(into_middle), None, None, None
+        into_x = _norm_backward(into_first, x, first_scale, ctx.layer.input_layernorm).add_(into_middle)
+        before = (keys, values) if ctx.at.before else (None, None)
+        return into_x, *before, None, None, None
 
 
 def _queries_keys_values(attention: Any, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,8 +35,16 @@ class BaseModel:
 
     @property
     def hidden(self) -> int:
-        """Width of an embedding vector, hence of a soft-prompt vector."""
+        """Width of an embedding vector, hence of a soft prompt's."""
         return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def key_heads(self) -> tuple[int, int]:
+        """Number of key (and value) heads of a layer, and their width."""
+        config = self.model.config
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return int(getattr(config, "num_key_value_heads", None) or heads), int(width)
 
     @property
     def head(self) -> torch.Tensor:

@@ -14,33 +14,35 @@ from softguard import frozen
 from softguard.attention import Layout, attend, attend_backward
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
+from softguard.prefix import ConstantPrefix
 
 _NAME = "softguard_packed"
 
 
-def packed_hidden(base: BaseModel, prefix: Tensor, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[Tensor]:
+def packed_hidden(
+    base: BaseModel, prefix: ConstantPrefix, rows: Sequence[Sequence[int]], wanted: Sequence[int]
+) -> list[Tensor]:
     """Last hidden states, (wanted[i], hidden), at the last `wanted[i]` tokens of each row of ids, all behind `prefix`.
 
-    `prefix`: (1, tokens, hidden) embeddings, which gradients reach. Raises SoftguardError for a model whose attention sees
-    less than the whole row.
+    Gradients reach the prefix. Raises SoftguardError for a model whose attention sees less than the whole row.
     """
     lengths = [len(row) for row in rows]
-    length, device = prefix.shape[1], prefix.device
+    length, device, before = len(prefix.embeddings), prefix.embeddings.device, prefix.length - len(prefix.embeddings)
     ids = torch.tensor([i for row in rows for i in row], device=device)
-    positions = torch.cat([torch.arange(length), *(length + torch.arange(n) for n in lengths)]).to(device)
+    positions = before + torch.cat([torch.arange(length), *(length + torch.arange(n) for n in lengths)]).to(device)
     ends = length + torch.tensor(lengths).cumsum(0)
     kept = torch.cat([torch.arange(end - n, end) for end, n in zip(ends.tolist(), wanted, strict=True)]).to(device)
-    embeddings = torch.cat([prefix[0], base.model.get_input_embeddings()(ids)])
-    at = Layout(length, lengths, prefix)
+    embeddings = torch.cat([prefix.embeddings, base.model.get_input_embeddings()(ids)])
+    at = Layout(length, lengths, prefix.embeddings, before)
     decoder = base.model.get_decoder()
     if frozen.is_plain(decoder):
-        hidden = frozen.run_layers(decoder, embeddings, positions, at)
+        hidden = frozen.run_layers(decoder, embeddings, positions, at, prefix.keys_values)
     else:
-        hidden = _run_any(decoder, embeddings, positions, at)
+        hidden = _run_any(decoder, embeddings, positions, at, prefix.keys_values)
     return list(torch.split(hidden[kept], list(wanted)))
 
 
-def _run_any(decoder: Any, embeddings: Tensor, positions: Tensor, at: Layout) -> Tensor:
+def _run_any(decoder: Any, embeddings: Tensor, positions: Tensor, at: Layout, before: frozen.KeysValues | None) -> Tensor:
     """Last hidden states, (tokens, hidden), by the model's own code with our attention in its place."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -49,30 +51,53 @@ def _run_any(decoder: Any, embeddings: Tensor, positions: Tensor, at: Layout) ->
     usual = decoder.config._attn_implementation
     decoder.config._attn_implementation = _NAME
     try:
-        output = decoder(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False, layout=at)
+        output = decoder(
+            inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False, layout=at, before=before
+        )
     finally:
         decoder.config._attn_implementation = usual
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, layout: Layout, **other: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    layout: Layout,
+    before: frozen.KeysValues | None,
+    **other: Any,
 ) -> tuple[Tensor, None]:
     window = other.get("sliding_window")
-    if other.get("softcap") or (window is not None and window < layout.prefix + layout.width):
+    if other.get("softcap") or (window is not None and window < layout.before + layout.prefix + layout.width):
         raise SoftguardError("this model's attention is capped or sees only a window; such models cannot be trained yet")
-    return _Attention.apply(query[0], key[0], value[0], scaling, layout)[None], None  # type: ignore[no-untyped-call]
+    keys, values = (None, None) if before is None else before[module.layer_idx]
+    mixed = _Attention.apply(query[0], key[0], value[0], keys, values, scaling, layout)  # type: ignore[no-untyped-call]
+    return mixed[None], None
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float, at: Layout) -> Tensor:
-        result, kept = attend(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scaling, at)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keys: Tensor | None,
+        values: Tensor | None,
+        scaling: float,
+        at: Layout,
+    ) -> Tensor:
+        before = None if keys is None or values is None else (keys, values)
+        result, kept = attend(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scaling, at, before)
         ctx.save_for_backward(*kept)
         ctx.scaling, ctx.at = scaling, at
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v = attend_backward(gradient, ctx.saved_tensors, ctx.scaling, ctx.at)
-        return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, keys, values = attend_backward(gradient, ctx.saved_tensors, ctx.scaling, ctx.at)
+        before = (keys, values) if ctx.at.before else (None, None)
+        return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), *before, None, None

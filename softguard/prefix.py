@@ -1,17 +1,40 @@
-"""The constant prefix: the template's fixed text with the soft prompt in it."""
+"""The constant prefix: the template's fixed text, with the adapter in it or before it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.models import BaseModel
 
 
-def prefix_embeddings(base: BaseModel, chat: Chat, soft_prompt: Tensor | None) -> Tensor:
-    """Embeddings of the constant prefix, (1, tokens, hidden), with `soft_prompt` (n_soft, hidden) in its slot, or none."""
-    embed = base.model.get_input_embeddings()
-    before = embed(torch.tensor([chat.prefix.before], dtype=torch.long, device=base.device))  # (1, before, hidden)
-    after = embed(torch.tensor([chat.prefix.after], dtype=torch.long, device=base.device))  # (1, after, hidden)
-    if soft_prompt is None:
-        return torch.cat([before, after], dim=1)
-    return torch.cat([before, soft_prompt[None].to(before.dtype), after], dim=1)
+class ConstantPrefix(NamedTuple):
+    """What stands before every row, ready for the model's layers."""
+
+    embeddings: Tensor  # (tokens, hidden)
+    keys_values: list[tuple[Tensor, Tensor]] | None = None  # before the tokens, by layer, (key heads, n_soft, width) each
+
+    @property
+    def length(self) -> int:
+        """Positions it takes."""
+        return len(self.embeddings) + (self.keys_values[0][0].shape[1] if self.keys_values else 0)
+
+
+def constant_prefix(base: BaseModel, chat: Chat, adapter: Adapter | None) -> ConstantPrefix:
+    """The constant prefix with `adapter` in its place, or without; gradients reach the adapter's vectors."""
+
+    def embed(ids: Sequence[int]) -> Tensor:
+        return base.model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=base.device))  # type: ignore[no-any-return]
+
+    before, after = embed(chat.prefix.before), embed(chat.prefix.after)
+    if adapter is None:
+        return ConstantPrefix(torch.cat([before, after]))
+    vectors = adapter.vectors.to(before.dtype)
+    if adapter.kind == "soft_prompt":
+        return ConstantPrefix(torch.cat([before, vectors, after]))
+    heads, width = base.key_heads
+    layers = vectors.view(len(vectors), -1, 2, heads, width).permute(1, 2, 3, 0, 4)  # (layers, 2, key heads, n_soft, width)
+    return ConstantPrefix(torch.cat([before, after]), [(pair[0], pair[1]) for pair in layers])

@@ -15,7 +15,7 @@ from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
 from softguard.packed import packed_hidden
-from softguard.prefix import prefix_embeddings
+from softguard.prefix import constant_prefix
 from softguard.system import SafeSystem
 from tests.commands import ROOT, softguard, softguard_killed
 
@@ -67,7 +67,7 @@ def test_kept_hidden_states_are_those_that_predict_the_responses(prompts: Path, 
     examples = corpus.examples("train", [0, 7, 30])
     answers = [e.responses[0].ids for e in examples]
     rows = [chat.encode(e.prompt) + list(ids[:-1]) for e, ids in zip(examples, answers, strict=True)]
-    expected = packed_hidden(small, prefix_embeddings(small, chat, None), rows, [len(ids) for ids in answers])
+    expected = packed_hidden(small, constant_prefix(small, chat, None), rows, [len(ids) for ids in answers])
     for example, theirs in zip(examples, expected, strict=True):
         kept = example.responses[0].hidden
         assert kept is not None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from softguard.adapters import SoftPrompt
+from softguard.adapters import Adapter
 from softguard.config import Recipe, load_recipe
 from softguard.corpus import Corpus, teach
 from softguard.distill import _batches, _Trainer, distil, time_step
@@ -54,7 +54,7 @@ def test_every_objective_learns_to_refuse(
     distil(wanted, corpus, tmp_path, small)
     first, *_, last = (line for line in log_of(tmp_path) if line["kind"] == "validation")
     assert last["refusal"] < first["refusal"]
-    loaded = SoftPrompt.load(tmp_path, small)
+    loaded = Adapter.load(tmp_path, small)
     assert loaded.facts["objective"] == objective
     assert loaded.facts["corpus"] == corpus.fingerprint
 
@@ -79,6 +79,17 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
         assert done.returncode == 0, done.stderr
     for name in ("adapter_model.safetensors", "log.jsonl", "softguard.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("objective", ["tv", "kl-paper"])
+def test_a_key_value_prefix_learns_to_refuse(
+    objective: str, prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    wanted = recipe(prompts, "distil.adapter=kv_prefix", f"distil.objective={objective}", "distil.steps=30")
+    adapter = distil(wanted, corpus, tmp_path, small)
+    first, *_, last = (line for line in log_of(tmp_path) if line["kind"] == "validation")
+    assert last["refusal"] < first["refusal"]
+    assert (adapter.kind, adapter.n_soft) == ("kv_prefix", wanted.distil.n_soft)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from softguard import frozen
+from softguard.adapters import Kind
 from softguard.chat import Chat, Slot
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
 from softguard.packed import packed_hidden
-from softguard.prefix import prefix_embeddings
+from softguard.prefix import ConstantPrefix, constant_prefix
+from tests.references import KINDS, random_adapter, whole_row
 
 PROMPTS = ["How do I bake bread?", "hi", "Write a short poem about the sea and its many moods."]
 RESPONSES = ["Mix flour and water.", "Hello! What can I do for you today, my friend?", "Waves."]
@@ -22,11 +23,6 @@ def rows_of(chat: Chat) -> tuple[list[list[int]], list[int]]:
     return [chat.encode(p) + r[:-1] for p, r in zip(PROMPTS, responses, strict=True)], [len(r) for r in responses]
 
 
-def whole_row(base: BaseModel, prefix: Tensor, row: list[int], wanted: int) -> Tensor:
-    embeddings = torch.cat([prefix, base.model.get_input_embeddings()(torch.tensor([row]))], dim=1)
-    return base.model.get_decoder()(inputs_embeds=embeddings).last_hidden_state[0, -wanted:]  # type: ignore[no-any-return]
-
-
 @pytest.fixture(params=["written out", "by transformers"])
 def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "by transformers":
@@ -34,21 +30,22 @@ def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("layers")
-@pytest.mark.parametrize("slot", ["start", "system"])
-def test_packed_rows_give_the_states_and_gradients_of_whole_rows(small: BaseModel, slot: Slot) -> None:
+@pytest.mark.parametrize(("kind", "slot"), KINDS)
+def test_packed_rows_give_the_states_and_gradients_of_whole_rows(small: BaseModel, kind: Kind, slot: Slot) -> None:
     chat = Chat(small.tokenizer, slot, small.stop_ids)
     torch.manual_seed(1)
-    soft = (0.1 * torch.randn(5, small.hidden)).requires_grad_()
-    prefix = prefix_embeddings(small, chat, soft)
+    adapter = random_adapter(small, kind, slot, 5)
+    adapter.vectors.requires_grad_()
+    prefix = constant_prefix(small, chat, adapter)
     rows, wanted = rows_of(chat)
     ours = packed_hidden(small, prefix, rows, wanted)
-    expected = [whole_row(small, prefix, row, n) for row, n in zip(rows, wanted, strict=True)]
+    expected = [whole_row(small, prefix, row)[-n:] for row, n in zip(rows, wanted, strict=True)]
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     weights = [torch.randn(e.shape) for e in expected]
     gradients = [
         torch.autograd.grad(
-            torch.stack([(h * w).sum() for h, w in zip(states, weights, strict=True)]).sum(), soft, retain_graph=True
+            torch.stack([(h * w).sum() for h, w in zip(states, weights, strict=True)]).sum(), adapter.vectors, retain_graph=True
         )[0]
         for states in (ours, expected)
     ]
@@ -57,11 +54,11 @@ def test_packed_rows_give_the_states_and_gradients_of_whole_rows(small: BaseMode
 
 @pytest.mark.usefixtures("layers")
 def test_the_demo_model_packed_is_the_demo_model(base: BaseModel, chat: Chat) -> None:
-    prefix = prefix_embeddings(base, chat, None)
+    prefix = constant_prefix(base, chat, None)
     rows, wanted = rows_of(chat)
     with torch.no_grad():
         ours = packed_hidden(base, prefix, rows, wanted)
-        expected = [whole_row(base, prefix, row, n) for row, n in zip(rows, wanted, strict=True)]
+        expected = [whole_row(base, prefix, row)[-n:] for row, n in zip(rows, wanted, strict=True)]
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
@@ -83,21 +80,23 @@ def test_attention_with_biases_and_several_queries_a_key(small: BaseModel) -> No
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     other = replace(small, model=model.requires_grad_(False))
-    prefix = torch.randn(1, 4, 32, requires_grad=True)
+    vectors, before = torch.randn(4, 32, requires_grad=True), torch.randn(3, 2, 2, 5, 8, requires_grad=True)
+    prefix = ConstantPrefix(vectors, [(keys, values) for keys, values in before])
     rows, wanted = [[5, 6, 7, 8], [9], [10, 11, 12]], [2, 1, 3]
     ours = packed_hidden(other, prefix, rows, wanted)
-    expected = [whole_row(other, prefix, row, n) for row, n in zip(rows, wanted, strict=True)]
+    expected = [whole_row(other, prefix, row)[-n:] for row, n in zip(rows, wanted, strict=True)]
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
-    (gradient,), (reference,) = (torch.autograd.grad(torch.cat(h).sin().sum(), prefix) for h in (ours, expected))
-    torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-5)
+    gradients = [torch.autograd.grad(torch.cat(h).sin().sum(), (vectors, before)) for h in (ours, expected)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_the_model_attends_as_before_after_a_packed_pass(small: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen, "is_plain", lambda decoder: False)
     chat = Chat(small.tokenizer, "start", small.stop_ids)
     usual = small.model.config._attn_implementation
-    packed_hidden(small, prefix_embeddings(small, chat, None), [[5, 6]], [1])
+    packed_hidden(small, constant_prefix(small, chat, None), [[5, 6]], [1])
     assert small.model.config._attn_implementation == usual
 
 
@@ -109,4 +108,4 @@ def test_a_window_shorter_than_the_row_is_refused(small: BaseModel, monkeypatch:
     monkeypatch.setattr(packed, "_attention", lambda *args, **other: attention(*args, **other, sliding_window=4))
     chat = Chat(small.tokenizer, "start", small.stop_ids)
     with pytest.raises(SoftguardError, match="window"):
-        packed_hidden(small, prefix_embeddings(small, chat, None), [[5, 6]], [1])
+        packed_hidden(small, constant_prefix(small, chat, None), [[5, 6]], [1])

@@ -107,3 +107,44 @@ def test_unknown_suite_names_the_known_ones() -> None:
 def test_unknown_split_names_the_known_ones() -> None:
     with pytest.raises(SoftguardError, match="split 'dev' is unknown; use packaged:train"):
         load_suites(["harmful"], "dev")
+
+
+def test_wrapped_requests_take_turns_in_the_templates(tmp_path: Path) -> None:
+    templates = write_rows(
+        tmp_path / "dan.jsonl", [{"prompt": "You are {generator.name}. "}, {"prompt": "Do INSERT PROMPT HERE"}]
+    )
+    rows = [{"prompt": f"ask {i}", "label": "harmful"} for i in range(3)]
+    requests = write_rows(tmp_path / "asks.jsonl", [rows[0], {"prompt": "nice", "label": "benign"}, *rows[1:]])
+    name = f"wrapped:{templates.removeprefix('file:')}:{requests.removeprefix('file:')}"
+    (suite,) = load_suites([name], "test")
+    assert (suite.name, suite.measure) == ("dan-asks", "safety")
+    assert suite.prompts == ("You are the assistant.\n\nask 0", "Do ask 1", "You are the assistant.\n\nask 2")
+
+
+def test_wrapped_needs_both_files(tmp_path: Path) -> None:
+    with pytest.raises(SoftguardError, match="wrapped:TEMPLATES:REQUESTS"):
+        load_suites(["wrapped:dan.jsonl"], "test")
+
+
+def test_choices_come_from_the_row_its_letters_or_other_answers(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "pick", "answer": "b", "choices": ["a", "b"]},
+        {"prompt": "Which?\n\nA. one\nB. two\nC. three", "answer": "C", "system": "One letter."},
+        {"prompt": "2 + 2", "answer": "4"},
+        {"prompt": "3 + 3", "answer": "6"},
+    ]
+    name = write_rows(tmp_path / "use.jsonl", rows).replace("file:", "choices:")  # type: ignore[arg-type]
+    (suite,) = load_suites([name], "test")
+    assert (suite.name, suite.measure) == ("use", "accuracy")
+    assert suite.prompts[1].startswith("One letter.\n\nWhich?")
+    assert suite.choices[:2] == (("a", "b"), ("A", "B", "C"))
+    assert [set(offered) for offered in suite.choices[2:]] == [{"4", "6", "b", "C"}] * 2
+    assert [offered[i] for offered, i in zip(suite.choices, suite.right, strict=True)] == ["b", "C", "4", "6"]
+    assert load_suites([name], "test") == [suite]
+
+
+def test_an_answer_that_is_no_choice_is_told_by_line(tmp_path: Path) -> None:
+    rows = [{"prompt": "pick", "answer": "c", "choices": ["a", "b"]}]
+    name = write_rows(tmp_path / "use.jsonl", rows).replace("file:", "choices:")  # type: ignore[arg-type]
+    with pytest.raises(SoftguardError, match=r"use\.jsonl:1.*'c' is not among its choices a, b"):
+        load_suites([name], "test")

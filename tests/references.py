@@ -1,0 +1,36 @@
+"""What the tests compare with: transformers' own passes over whole rows, and random adapters."""
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from softguard.adapters import Adapter, Kind, initial_vectors
+from softguard.chat import Slot
+from softguard.models import BaseModel
+from softguard.prefix import ConstantPrefix
+
+KINDS = [("soft_prompt", "start"), ("soft_prompt", "system"), ("kv_prefix", "start")]
+
+
+def random_adapter(base: BaseModel, kind: Kind, slot: Slot = "start", n_soft: int = 4, seed: int = 0) -> Adapter:
+    """Near what training starts from; its values are those float16 has, so that saving changes nothing."""
+    vectors = initial_vectors(base, kind, "You are a careful assistant.", n_soft)
+    noise = 0.1 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
+    return Adapter(kind, (vectors + noise * vectors.square().mean().sqrt()).half().float(), slot, {"objective": "tv"})
+
+
+def cache_of(prefix: ConstantPrefix) -> DynamicCache | None:
+    """The keys and values before the prefix as transformers holds them."""
+    if prefix.keys_values is None:
+        return None
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(prefix.keys_values):
+        cache.update(keys[None], values[None], layer)
+    return cache
+
+
+def whole_row(base: BaseModel, prefix: ConstantPrefix, row: list[int]) -> Tensor:
+    """Last hidden states, (tokens of prefix and row, hidden), of one pass over a whole row."""
+    embeddings = torch.cat([prefix.embeddings, base.model.get_input_embeddings()(torch.tensor(row))])
+    output = base.model.get_decoder()(inputs_embeds=embeddings[None], past_key_values=cache_of(prefix))
+    return output.last_hidden_state[0]  # type: ignore[no-any-return]
