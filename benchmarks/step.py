@@ -82,7 +82,10 @@ def _sides(shape: Shape, dtype: str) -> dict[str, Callable[[], Any]]:
 
 def our_trainer(base: BaseModel, shape: Shape, keep_hidden: bool) -> _Trainer:
     """A trainer whose corpus is `shape.batch` random answers to prompts of one length."""
-    recipe = load_recipe(None, ["distil.objective=kl", f"distil.n_soft={N_SOFT}", f"distil.batch_size={shape.batch}"])
+    recipe = load_recipe(
+        None,
+        ["distil.adapter=soft_prompt", "distil.objective=kl", f"distil.n_soft={N_SOFT}", f"distil.batch_size={shape.batch}"],
+    )
     trainer = _Trainer(recipe, cast(Corpus, _Answers([])), Path("unused"), base)
     prompt = next(t for n in range(shape.prompt) if len(trainer.chat.encode(t := " ".join(["the"] * n))) == shape.prompt)
     answers = random_ids(shape.batch, shape.response)

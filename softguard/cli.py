@@ -57,7 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, required=True, help="folder of results.json and the answers")
 
     chat = _command(commands, "chat", _chat, "talk to the base with the adapter; an empty line ends the conversation")
-    chat.add_argument("--adapter", type=Path, help="folder that `distil` made; none: the base alone")
+    chat.add_argument(
+        "--adapter",
+        type=Path,
+        help="folder that `distil` made, or none for the base alone; left out: the one packaged for this model, if any",
+    )
     chat.add_argument("--compare", action="store_true", help="show the base's answer before the adapter's")
     chat.add_argument("--max-new-tokens", type=int, default=256, help="tokens an answer may have (default 256)")
 
@@ -187,17 +191,23 @@ def _chat(options: argparse.Namespace) -> None:
     from softguard.adapters import Adapter
     from softguard.conversation import converse
     from softguard.engine import Engine
+    from softguard.released import released_adapter
 
-    if options.compare and not options.adapter:
-        raise SoftguardError("--compare needs --adapter, the folder that `distil` made")
     if options.max_new_tokens < 1:
         raise SoftguardError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 1")
     base = _base(recipe)
+    if options.adapter == Path("none"):
+        adapter = None
+    else:
+        adapter = Adapter.load(options.adapter, base) if options.adapter else released_adapter(base)
+        if adapter is None:
+            print(f"no adapter is packaged for {base.name}: this is the base alone; distil one for --adapter", file=sys.stderr)
+    if options.compare and adapter is None:
+        raise SoftguardError("--compare needs --adapter, the folder that `distil` made")
     engines = {}
-    if options.compare or not options.adapter:
+    if options.compare or adapter is None:
         engines["base"] = Engine(base)
-    if options.adapter:
-        adapter = Adapter.load(options.adapter, base)
+    if adapter is not None:
         engines["distilled"] = Engine(base, adapter)
     if options.dry_run:
         print(f"chat: would talk to {' and '.join(engines)} until an empty line")

@@ -65,16 +65,16 @@ class TeachConfig:
 class DistilConfig:
     """Training the adapter."""
 
-    adapter: Literal["soft_prompt", "kv_prefix"] = "soft_prompt"  # vectors in the slot, or keys and values before everything
+    adapter: Literal["soft_prompt", "kv_prefix"] = "kv_prefix"  # vectors in the slot, or keys and values before everything
     objective: str = "tv"
     length: Literal["sum", "mean"] = "sum"  # log-probabilities summed (calibrated) or averaged over tokens
     slot: Literal["start", "system"] = "start"
-    n_soft: int = 32
+    n_soft: int = 8  # a soft prompt needs some 32
     init_text: str = DEFAULT_INSTRUCTION
     steps: int = 400
     batch_size: int = 8  # prompts a step
     accumulate: int = 1  # micro-batches a step is cut into, by length of the prompts
-    learning_rate: float = 2.5e-3
+    learning_rate: float = 2e-2  # a soft prompt takes some 2.5e-3
     warmup: int = 20  # steps
     clip: float = 1.0  # gradient norm
     safe_weight: float = 1.0

@@ -21,6 +21,7 @@ Answers are kept in `answers/`, one file a system and suite, and are not made ag
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -172,20 +173,30 @@ class _Run:
         self._identity: dict[System, str] = {"base": "", "distilled": identity}
 
     def answers(self, name: System, suite: Suite) -> list[str]:
-        """What base or distilled model answers greedily, from disk if it was answered before with the same settings."""
+        """What base or distilled model answers greedily."""
+        config = self.recipe.evaluate
+
+        def make(told: Callable[[int], None]) -> list[Any]:
+            generated = self.engines[name].generate(suite.prompts, config.max_new_tokens, config.batch_size, progress=told)
+            return [response.text for response in generated]
+
+        return self._kept(name, suite, config.max_new_tokens, make)
+
+    def _kept(self, name: System, suite: Suite, settings: Any, make: Callable[[Callable[[int], None]], list[Any]]) -> list[Any]:
+        """What `make` gives for each prompt, from disk if it was made before with the same settings."""
         path = self.out / "answers" / f"{name}-{suite.name}.json"
-        new = self.recipe.evaluate.max_new_tokens
         told = self._teller(f"{name} {suite.name}", suite)
-        made_by = fingerprint(self.base.fingerprint, self.recipe.model.dtype, self._identity[name], new, list(suite.prompts))
+        made_by = fingerprint(
+            self.base.fingerprint, self.recipe.model.dtype, self._identity[name], settings, list(suite.prompts)
+        )
         if path.is_file():
             kept = read_json(path, "file of answers")
             if kept.get("made_by") == made_by:
                 told(len(suite.prompts))
                 return list(kept["answers"])
-        responses = self.engines[name].generate(suite.prompts, new, self.recipe.evaluate.batch_size, progress=told)
-        texts = [response.text for response in responses]
-        write_json(path, {"made_by": made_by, "answers": texts})
-        return texts
+        made = make(told)
+        write_json(path, {"made_by": made_by, "answers": made})
+        return made
 
     def _teller(self, stage: str, suite: Suite) -> Callable[[int], None]:
         return lambda done: self.progress(stage, done, len(suite.prompts))
@@ -214,9 +225,9 @@ class _Run:
         """Share of questions whose right answer is the likeliest, and its paired change from the base."""
         right: dict[System, list[bool]] = {}
         for name, engine in self.engines.items():
-            adapter = self.adapter if name == "distilled" else None
-            prefix, told = constant_prefix(self.base, engine.chat, adapter), self._teller(f"{name} {suite.name}", suite)
-            chosen = likeliest(self.base, engine.chat, prefix, suite.prompts, suite.choices, told)
+            prefix = constant_prefix(self.base, engine.chat, self.adapter if name == "distilled" else None)
+            make = partial(likeliest, self.base, engine.chat, prefix, suite.prompts, suite.choices)
+            chosen = self._kept(name, suite, [list(choices) for choices in suite.choices], make)
             right[name] = [a == b for a, b in zip(chosen, suite.right, strict=True)]
             if name == "base":
                 texts = [choices[i] for choices, i in zip(suite.choices, chosen, strict=True)]

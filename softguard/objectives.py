@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from softguard.divergences import P_SAFE_RANGE, log_avoids, log_hinge, refusal_mixture, selected, token_kl, token_tv
+from softguard.divergences import P_SAFE_RANGE, log_avoids, log_hinge, refusal_mixture, selected, token_jsd, token_kl, token_tv
 from softguard.errors import SoftguardError
 from softguard.kernels import log_law, per_token, per_token_between
 
@@ -63,6 +63,20 @@ def tv(batch: Batch, length: Length) -> Losses:
     where a refusal has no mass yet and where it has nearly all of it; the log-hinges on refusing and on answering bound
     the TV of that decision from above and pull in both places.
     """
+    return _decided(batch, length, token_tv)
+
+
+def jsd(batch: Batch, length: Length) -> Losses:
+    """`tv` with the Jensen–Shannon divergence in total variation's place; its gradient fades as the student nears the system.
+
+    safe branch: α·(log(1 − P(r₁|∅)) − log(1 − q(r₁)))₊ + λ·(JSD(P(·|∅), q(·|∅)) + Σ_{t>1} α·JSD(p_t, q_t))
+    refusal branch: U·(log U − log q(y_r))₊
+    """
+    return _decided(batch, length, token_jsd)
+
+
+def _decided(batch: Batch, length: Length, divergence: Callable[[Tensor, Tensor], Tensor]) -> Losses:
+    """Log-hinges on the decision whether to answer, and λ times a divergence from the system's laws."""
     real = batch.mask > 0
     first = torch.zeros_like(real).index_fill(1, batch.refusal_token.new_zeros(1), True)
     later = real[:, 1:].sum(-1).clamp(min=1) if length == "mean" else torch.ones_like(batch.p_safe)
@@ -77,7 +91,7 @@ def tv(batch: Batch, length: Length) -> Losses:
         system = log_p.index_copy(0, where, refusal_mixture(log_first, rates, batch.refusal_token.expand(len(where))))
         answers = (1 - rates).clamp(min=P_SAFE_RANGE[0]).log() + log_avoids(log_first, batch.refusal_token)
         decision = alpha[at][where] * log_hinge(answers, log_avoids(log_q[where], batch.refusal_token))
-        return (weight[at] * token_tv(system, log_q)).index_add(0, where, decision)
+        return (weight[at] * divergence(system, log_q)).index_add(0, where, decision)
 
     safe = per_token(terms, batch.student[real], batch.head)
     rate = _clamped(batch.refusal_rate)
@@ -118,7 +132,7 @@ def kl_paper(batch: Batch, length: Length) -> Losses:
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
 
 
-OBJECTIVES: dict[str, Objective] = {"tv": tv, "kl": kl, "tv-paper": tv_paper, "kl-paper": kl_paper}
+OBJECTIVES: dict[str, Objective] = {"tv": tv, "jsd": jsd, "kl": kl, "tv-paper": tv_paper, "kl-paper": kl_paper}
 
 
 def find_objective(name: str) -> Objective:

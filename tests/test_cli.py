@@ -172,5 +172,18 @@ def test_a_guard_in_the_folder_of_the_command_is_found(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.jsonl").read_text())["p_safe"] == 0.25
 
 
-def test_chat_that_compares_needs_an_adapter(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--adapter" in refused(capsys, "chat", "--compare")
+def test_chat_that_compares_needs_an_adapter(small_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--adapter" in refused(capsys, "chat", "--compare", "--set", f"model.name={small_folder}")
+
+
+def test_chat_takes_the_packaged_adapter_unless_told_otherwise(small_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, engines in (
+        (["--compare"], "base and distilled"),
+        ([], "distilled"),
+        (["--adapter", "none"], "base"),
+        (["--set", f"model.name={small_folder}"], "base"),
+    ):
+        assert main(["chat", "--dry-run", *arguments]) == 0
+        shown = capsys.readouterr()
+        assert shown.out == f"chat: would talk to {engines} until an empty line\n"
+        assert ("no adapter is packaged" in shown.err) == (str(small_folder) in str(arguments))

@@ -128,6 +128,12 @@ def test_unknown_key_names_the_nearest(tmp_path: Path, text: str, message: str) 
     assert message in str(caught.value)
 
 
+def test_a_key_value_prefix_has_no_other_slot_than_the_start() -> None:
+    with pytest.raises(SoftguardError, match=r"distil\.slot is system; a kv_prefix stands before everything"):
+        load_recipe(None, ["distil.adapter=kv_prefix", "distil.slot=system"])
+    assert load_recipe(None, ["distil.adapter=soft_prompt", "distil.slot=system"]).distil.slot == "system"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

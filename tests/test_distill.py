@@ -18,6 +18,7 @@ from tests.commands import softguard, softguard_killed
 
 SETTINGS = [
     "teach.max_new_tokens=4", "teach.shard_size=16", "system.guard=tests.guards_for_tests:by_word", "distil.n_soft=4",
+    "distil.adapter=soft_prompt",
     "distil.steps=12", "distil.batch_size=6", "distil.warmup=2", "distil.validate_every=4", "distil.validation_prompts=8",
     "distil.checkpoint_every=3", "distil.learning_rate=0.05",
 ]  # fmt: skip
@@ -151,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(prompts: Path, corpus: Corpus, 
 
 
 def test_an_unknown_objective_is_told_before_training(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
-    with pytest.raises(SoftguardError, match="tv, kl, tv-paper, kl-paper"):
+    with pytest.raises(SoftguardError, match="tv, jsd, kl, tv-paper, kl-paper"):
         distil(recipe(prompts, "distil.objective=hinge"), corpus, tmp_path, small)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softguard.errors import SoftguardError
-from softguard.objectives import OBJECTIVES, Batch, Length, Losses, Objective, find_objective, kl, kl_paper, tv, tv_paper
+from softguard.objectives import OBJECTIVES, Batch, Length, Losses, Objective, find_objective, jsd, kl, kl_paper, tv, tv_paper
 
 torch.set_num_threads(1)
 
@@ -90,16 +90,21 @@ def plain_kl(p: Law, q: Law) -> float:
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
 
 
+def plain_jsd(p: Law, q: Law) -> float:
+    m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    return (plain_kl(p, m) + plain_kl(q, m)) / 2
+
+
 def average(values: list[float], length: Length) -> float:
     return sum(values) if length == "sum" else sum(values) / max(len(values), 1)
 
 
-def expected_tv(case: Case, length: Length) -> tuple[float, float]:
+def expected_decided(case: Case, length: Length, divergence: Callable[[Law, Law], float]) -> tuple[float, float]:
     safe = 0.0
     for p, q, n, alpha in zip(case.teacher, case.student, case.lengths, case.p_safe, strict=True):
         system = [alpha * v for v in p[0]]
         system[case.token] += 1 - alpha
-        drift = plain_tv(system, q[0]) + alpha * average([plain_tv(p[t], q[t]) for t in range(1, n)], length)
+        drift = divergence(system, q[0]) + alpha * average([divergence(p[t], q[t]) for t in range(1, n)], length)
         safe += case.drift_weight * drift
         safe += alpha * hinge(alpha, math.log(1 - q[0][case.token]))
     refusal = sum(u * hinge(u, math.log(math.prod(r))) for r, u in zip(case.refusal, case.refusal_rate, strict=True))
@@ -134,7 +139,8 @@ def expected_paper(case: Case, length: Length, gated: bool) -> tuple[float, floa
 
 
 EXPECTED: dict[str, Callable[[Case, Length], tuple[float, float]]] = {
-    "tv": expected_tv,
+    "tv": partial(expected_decided, divergence=plain_tv),
+    "jsd": partial(expected_decided, divergence=plain_jsd),
     "kl": expected_kl,
     "tv-paper": partial(expected_paper, gated=True),
     "kl-paper": partial(expected_paper, gated=False),
@@ -426,7 +432,8 @@ def test_without_refusals_the_refusal_branch_has_neither_loss_nor_gradient(name:
 def test_without_answers_the_response_has_no_gradient(name: str, length: Length) -> None:
     batch = sure_batch(0.0, 1.0)
     gradient = gradients(name, batch, length)
-    later = gradient.student[:, 1:] if name == "tv" else gradient.student  # tv's first position is the system's: refuse
+    decided = name in ("tv", "jsd")  # their first position is the system's: refuse
+    later = gradient.student[:, 1:] if decided else gradient.student
     assert not later.any()
     assert gradient.student.isfinite().all()
     assert gradient.refusal.isfinite().all()
@@ -522,9 +529,9 @@ def test_a_batch_without_refusals_has_the_answers_loss_alone(name: str, length: 
 
 
 def test_unknown_objective_names_the_known_ones() -> None:
-    with pytest.raises(SoftguardError, match=r"'tv_paper' is unknown; use one of tv, kl, tv-paper, kl-paper"):
+    with pytest.raises(SoftguardError, match=r"'tv_paper' is unknown; use one of tv, jsd, kl, tv-paper, kl-paper"):
         find_objective("tv_paper")
 
 
 def test_objectives_are_found_by_name() -> None:
-    assert [find_objective(name) for name in ("tv", "kl", "tv-paper", "kl-paper")] == [tv, kl, tv_paper, kl_paper]
+    assert [find_objective(name) for name in OBJECTIVES] == [tv, jsd, kl, tv_paper, kl_paper]

@@ -37,11 +37,18 @@ class Guard(Protocol):
 
 
 def load_guard(spec: str) -> Guard:
-    """Find a guard by `spec`: "bundled", a folder with a card.json, or "package.module:function".
+    """Find a guard by `spec`: "bundled", a folder with a card.json, "package.module:function", or "cautious(A, B)" or
+    "mean(A, B)" of such guards.
 
-    A function is called as f(prompts, responses or None) and gives p(safe), see `CallableGuard`.
-    Raises SoftguardError if there is no such guard.
+    A function is called as f(prompts, responses or None) and gives p(safe), see `CallableGuard`; of several, see
+    `EnsembleGuard`. Raises SoftguardError if there is no such guard.
     """
+    from softguard.guards.ensemble import EnsembleGuard, parse_ensemble
+
+    ensemble = parse_ensemble(spec)
+    if ensemble is not None:
+        how, parts = ensemble
+        return EnsembleGuard(how, [load_guard(part) for part in parts])
     if spec == "bundled" or Path(spec, "card.json").is_file():
         from softguard.guards.encoder import BUNDLED, EncoderGuard
 
@@ -49,7 +56,8 @@ def load_guard(spec: str) -> Guard:
     module_name, colon, attribute = spec.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
         raise SoftguardError(
-            f"guard {spec!r} is neither 'bundled', nor a folder with a card.json, nor 'package.module:function'"
+            f"guard {spec!r} is neither 'bundled', nor a folder with a card.json, nor 'package.module:function', nor "
+            "'cautious(A, B)' or 'mean(A, B)' of guards"
         )
     from softguard.guards.callable import CallableGuard
 

@@ -1,0 +1,63 @@
+"""Train, measure and package a released adapter.
+
+    python recipes/build_adapter.py recipes/released/smollm2.yaml [--set model.name=PATH] [--data ../shared/data]
+
+Works in runs/released/<name>, where a killed run goes on; writes softguard/data/adapters/<name>: the adapter, its recipe and
+`card.json` with its figures on prompts it was not trained on.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from softguard.adapters import Adapter
+from softguard.config import dump_recipe, load_recipe
+from softguard.corpus import teach
+from softguard.distill import distil
+from softguard.evaluation import evaluate
+from softguard.files import write_json, write_text
+from softguard.models import load_base
+from softguard.progress import Bars, Steps
+from softguard.released import FOLDER
+from softguard.system import SafeSystem
+
+_LIMIT = 200_000  # bytes of all files of one adapter together
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with HarmBench and XSTest")
+    options = parser.parse_args()
+    public = [f"file:{options.data}/eval_{name}.jsonl" for name in ("harmbench", "xstest")]
+    recipe = load_recipe(options.recipe, options.overrides)
+    asked = load_recipe(options.recipe, [*options.overrides, f"evaluate.suites={[*recipe.evaluate.suites, *public]}"])
+    work, name = Path("runs/released") / options.recipe.stem, options.recipe.stem
+    base, system = load_base(recipe.model.name, recipe.model.dtype), SafeSystem.from_config(recipe.system)
+    with Bars() as bars:
+        corpus = teach(recipe, work / "corpus", base, system, bars)
+    with Steps(recipe.distil.steps) as steps:
+        distil(recipe, corpus, work / "adapter", base, steps)
+    adapter = Adapter.load(work / "adapter", base)
+    with Bars() as bars:
+        results = evaluate(asked, work / "results", base, system, adapter, progress=bars)
+    package(work / "adapter", FOLDER / name)
+    write_text(FOLDER / name / "recipe.yaml", dump_recipe(load_recipe(options.recipe)))
+    contract = results.contract()
+    write_json(FOLDER / name / "card.json", {"command": f"python recipes/build_adapter.py {options.recipe}", **contract})
+    size = sum(path.stat().st_size for path in (FOLDER / name).iterdir())
+    if size > _LIMIT:
+        raise SystemExit(f"{FOLDER / name} holds {size:,} bytes, more than {_LIMIT:,}; lower distil.n_soft")
+    print(f"{FOLDER / name}: {size:,} bytes")
+
+
+def package(trained: Path, out: Path) -> None:
+    """Copy an adapter's files; the seal comes last, so that a half-copied adapter is refused."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "softguard.json"):
+        shutil.copyfile(trained / name, out / name)
+
+
+if __name__ == "__main__":
+    main()
