@@ -44,7 +44,7 @@ class Method(NamedTuple):
     rates: tuple[float, ...]
 
 
-_PAPER = ("distil.safe_weight=1", "distil.drift_weight=1", "distil.length=mean")
+_PAPER = ("distil.safe_weight=1", "distil.drift_weight=null", "distil.length=mean")
 METHODS = {
     "tv": Method((), (1e-2, 2e-2)),
     "tv-paper": Method(("distil.objective=tv-paper", *_PAPER), (5e-3, 1e-2, 2e-2)),

@@ -77,13 +77,22 @@ class DistilConfig:
     learning_rate: float = 2e-2  # a soft prompt takes some 2.5e-3
     warmup: int = 20  # steps
     clip: float = 1.0  # gradient norm
-    safe_weight: float = 1.0
+    safe_weight: float | None = None  # of the safe branch; none: the objective's own, see `weights`
     refusal_weight: float = 1.0
-    drift_weight: float = 1.0  # of the answers' divergence from the base, beside the decision whether to answer
+    drift_weight: float | None = None  # λ, of the answers' divergence beside the decision whether to answer; none: likewise
     validate_every: int = 100  # steps
     validation_prompts: int = 96
     patience: int = 4  # validations without improvement before stopping
     checkpoint_every: int = 20  # steps
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Of the safe branch, and λ: as set, else those that docs/findings.md found for the objective, else 1."""
+        safe, drift = _WEIGHTS.get(self.objective, (1.0, 1.0))
+        return safe if self.safe_weight is None else self.safe_weight, drift if self.drift_weight is None else self.drift_weight
+
+
+_WEIGHTS = {"tv": (8.0, 0.1), "jsd": (5.0, 0.8)}
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,7 @@ class Recipe:
         for key, value in positive.items():
             if not 0 < value < math.inf:
                 raise SoftguardError(f"{key} is {value}; it must be greater than 0 and finite")
-        not_negative = {
+        not_negative: dict[str, float | None] = {
             "teach.temperature": t.temperature, "teach.limit": t.limit, "evaluate.limit": self.evaluate.limit,
             "distil.drift_weight": d.drift_weight, "distil.warmup": d.warmup,
             "distil.safe_weight": d.safe_weight, "distil.refusal_weight": d.refusal_weight,
@@ -152,7 +161,7 @@ class Recipe:
             "guard.weight_decay": self.guard.weight_decay,
         }  # fmt: skip
         for key, value in not_negative.items():
-            if not 0 <= value < math.inf:
+            if value is not None and not 0 <= value < math.inf:
                 raise SoftguardError(f"{key} is {value}; it must not be negative or infinite")
         if d.accumulate > d.batch_size:
             raise SoftguardError(f"distil.accumulate is {d.accumulate}; it must not exceed distil.batch_size {d.batch_size}")
@@ -165,9 +174,9 @@ class Recipe:
                 raise SoftguardError(f"{key} is {share}; it must lie in [0, 1]")
         if d.adapter == "kv_prefix" and d.slot != "start":
             raise SoftguardError(f"distil.slot is {d.slot}; a kv_prefix stands before everything, leave it start")
-        if d.objective.endswith("-paper") and d.drift_weight != 1:
+        if d.objective.endswith("-paper") and d.drift_weight not in (None, 1):
             raise SoftguardError(
-                f"distil.drift_weight is {d.drift_weight}; objective {d.objective} has no such weight, leave it 1"
+                f"distil.drift_weight is {d.drift_weight}; objective {d.objective} has no such weight, leave it out"
             )
         if not self.system.refusal.strip():
             raise SoftguardError("system.refusal is empty; give the text of the refusal")

@@ -75,6 +75,7 @@ class _Trainer:
 
         self.recipe, self.config, self.corpus, self.out, self.base = recipe, recipe.distil, corpus, out, base
         self.objective = find_objective(self.config.objective)
+        self.safe_weight, self.drift_weight = self.config.weights
         self.chat = Chat(base.tokenizer, self.config.slot, base.stop_ids)
         self.refusal = self.chat.encode_response(recipe.system.refusal)
         self.accelerator = Accelerator(cpu=base.device.type == "cpu")
@@ -134,7 +135,7 @@ class _Trainer:
             part = [examples[i] for i in where]  # neighbours in length, so that attention pads little
             batch, _ = self._batch(part, epoch, len(examples))
             losses = self.objective(batch, self.config.length)
-            total = self.config.safe_weight * losses.safe + self.config.refusal_weight * losses.refusal
+            total = self.safe_weight * losses.safe + self.config.refusal_weight * losses.refusal
             if not torch.isfinite(total):
                 raise SoftguardError(
                     f"the loss is {total.item()} at step {self.step + 1}; lower distil.learning_rate, it is "
@@ -167,7 +168,7 @@ class _Trainer:
             probe.refuses / max(probe.refused, 1),
             probe.over_refuses / max(probe.answered, 1),
         )
-        loss = self.config.safe_weight * entry.safe + self.config.refusal_weight * entry.refusal
+        loss = self.safe_weight * entry.safe + self.config.refusal_weight * entry.refusal
         self.since_best += 1
         if loss < self.best_loss:
             self.best_loss, self.since_best = loss, 0
@@ -221,7 +222,7 @@ class _Trainer:
             refusal_rate=numbers([examples[i].refusal_rate for i in refused]),
             refusal_token=torch.tensor(self.refusal[0], device=device),
             prompts=prompts,
-            drift_weight=self.config.drift_weight,
+            drift_weight=self.drift_weight,
         )
         return batch, torch.stack([row[0] for row in hidden])
 

@@ -62,7 +62,8 @@ def changes(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield path, dataclasses.replace(config, **{field.name: other})
 
 
-CHANGES = list(changes(Recipe()))
+START = Recipe(distil=DistilConfig(adapter="soft_prompt"))  # the kind that may stand in either slot
+CHANGES = list(changes(START))
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), CHANGED])
@@ -72,9 +73,9 @@ def test_dumped_recipe_is_loaded_unchanged(tmp_path: Path, recipe: Recipe) -> No
 
 @pytest.mark.parametrize(("field", "recipe"), CHANGES, ids=[field for field, _ in CHANGES])
 def test_every_field_is_dumped_loaded_and_fingerprinted(tmp_path: Path, field: str, recipe: Recipe) -> None:
-    assert recipe != Recipe()
+    assert recipe != START
     assert load_text(tmp_path, dump_recipe(recipe)) == recipe
-    assert fingerprint(recipe) != fingerprint(Recipe())
+    assert fingerprint(recipe) != fingerprint(START)
 
 
 def test_different_changes_have_different_fingerprints() -> None:
@@ -303,6 +304,12 @@ def test_refusal_must_say_something() -> None:
 def test_micro_batches_must_not_outnumber_prompts() -> None:
     with pytest.raises(SoftguardError, match=r"distil\.accumulate is 9; it must not exceed distil\.batch_size 8"):
         load_recipe(overrides=["distil.accumulate=9"])
+
+
+def test_weights_are_the_objectives_own_unless_set() -> None:
+    assert DistilConfig(objective="kl-paper").weights == (1, 1)
+    assert DistilConfig(objective="tv").weights != (1, 1)
+    assert DistilConfig(objective="tv", safe_weight=0.0, drift_weight=3.0).weights == (0, 3)
 
 
 @pytest.mark.parametrize("objective", ["tv-paper", "kl-paper"])
