@@ -1,6 +1,6 @@
 """The method beside the paper's objectives, on prompts no one trained on, over seeds.
 
-    python -m benchmarks.method [--model smollm2=smollm2 …] [--methods tv …] [--seeds 0 1 2] [--limit 200]
+    python -m benchmarks.method [--model smollm2=smollm2 …] [--methods tv …] [--seeds 0 1 2] [--limit 200] [--set KEY=VALUE …]
 
 Every cell, a model × method × seed, is a folder under runs/method and is not made again; a killed run goes on where it was. A
 method's learning rate is the one with the least validation loss of its own objective at seed 0, on the packaged validation
@@ -59,11 +59,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--limit", type=int, default=200, help="prompts a suite at most; 0 takes all")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="for all cells")
     parser.add_argument("--out", type=Path, default=Path("runs/method"))
     options = parser.parse_args()
     for pair in options.model:
         name, _, spec = pair.partition("=")
-        study = _Study(options.out / name, name, spec, options.limit)
+        study = _Study(options.out / name, name, spec, options.limit, options.overrides)
         for seed in options.seeds:  # all methods first, so that a run cut short compares them
             for method in options.methods:
                 study.cell(method, seed)
@@ -73,8 +74,8 @@ def main() -> None:
 class _Study:
     """All cells of one base model."""
 
-    def __init__(self, folder: Path, name: str, spec: str, limit: int) -> None:
-        self.folder, self.name, self.spec, self.limit = folder, name, spec, limit
+    def __init__(self, folder: Path, name: str, spec: str, limit: int, overrides: list[str]) -> None:
+        self.folder, self.name, self.spec, self.limit, self.overrides = folder, name, spec, limit, overrides
         recipe = self.recipe(())
         self.base: BaseModel = load_base(spec, recipe.model.dtype)
         self.system = SafeSystem.from_config(recipe.system)
@@ -84,7 +85,9 @@ class _Study:
 
     def recipe(self, overrides: tuple[str, ...]) -> Recipe:
         suites = f"evaluate.suites=[{', '.join(SUITES)}]"
-        return load_recipe(RECIPE, [f"model.name={self.spec}", f"evaluate.limit={self.limit}", suites, *overrides])
+        return load_recipe(
+            RECIPE, [f"model.name={self.spec}", f"evaluate.limit={self.limit}", suites, *self.overrides, *overrides]
+        )
 
     def cell(self, method: str, seed: int) -> None:
         """Train and measure one cell; its learning rate is chosen at seed 0."""
@@ -102,7 +105,11 @@ class _Study:
         with Bars() as bars:
             evaluate(recipe, folder, self.base, self.system, Adapter.load(folder, self.base), progress=bars)
         kept = {"model": self.name, "method": method, "seed": seed, "learning_rate": rate, "limit": self.limit}
-        kept |= {"validation_loss_by_rate": {str(k): v for k, v in losses.items()}, "machine": machine()}
+        kept |= {
+            "overrides": self.overrides,
+            "validation_loss_by_rate": {str(k): v for k, v in losses.items()},
+            "machine": machine(),
+        }
         write_json(folder / "cell.json", kept | {"results": read_results(folder / "results.json")})
 
     def _trained(self, method: str, rate: float, seed: int) -> float:

@@ -160,9 +160,9 @@ class Recipe:
             "model.threads": self.model.threads, "seed": self.seed, "teach.validation_limit": t.validation_limit,
             "guard.weight_decay": self.guard.weight_decay,
         }  # fmt: skip
-        for key, value in not_negative.items():
-            if value is not None and not 0 <= value < math.inf:
-                raise SoftguardError(f"{key} is {value}; it must not be negative or infinite")
+        for key, number in not_negative.items():
+            if number is not None and not 0 <= number < math.inf:
+                raise SoftguardError(f"{key} is {number}; it must not be negative or infinite")
         if d.accumulate > d.batch_size:
             raise SoftguardError(f"distil.accumulate is {d.accumulate}; it must not exceed distil.batch_size {d.batch_size}")
         shares = {

@@ -26,6 +26,9 @@ METRICS = {
     "gap_closed": Metric("safety gap closed", "%", 1, "higher is better"),
     "token_tv": Metric("token TV to the base", "%", 2, "lower is better"),
     "token_kl": Metric("token KL to the base", "nats", 3, "lower is better"),
+    "perplexity_ratio": Metric("perplexity of the base's answers", "× the base's", 3, "nearer 1 is better"),
+    "accuracy": Metric("accuracy", "%", 1, "higher is better"),
+    "accuracy_change": Metric("accuracy, change from the base", "% points", 1, "nearer 0 is better"),
 }
 
 
@@ -79,7 +82,7 @@ def suites_of(rows: Iterable[Row], metric: str) -> list[str]:
 def number(metric: str, value: float) -> str:
     """A figure without its unit, as every table shows it."""
     shown = METRICS[metric]
-    scaled = 100 * value if shown.unit == "%" else value
+    scaled = 100 * value if shown.unit.startswith("%") else value
     return f"{round(scaled, shown.digits) + 0:.{shown.digits}f}"  # + 0 turns -0.0 into 0.0
 
 
