@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     teach = _command(commands, "teach", _teach, "prompts to corpus: draw responses from the base and score them with the guard")
     teach.add_argument("--out", type=Path, required=True, help="folder of the corpus")
 
-    distil = _command(commands, "distil", _distil, "corpus to adapter: train the soft prompt")
+    distil = _command(commands, "distil", _distil, "corpus to adapter: train it")
     distil.add_argument("--corpus", type=Path, required=True, help="folder that `teach` made")
     distil.add_argument("--out", type=Path, required=True, help="folder of the adapter; holds the checkpoint while it trains")
 

@@ -69,9 +69,9 @@ class DistilConfig:
     objective: str = "tv"
     length: Literal["sum", "mean"] = "sum"  # log-probabilities summed (calibrated) or averaged over tokens
     slot: Literal["start", "system"] = "start"
-    n_soft: int = 8  # a soft prompt needs some 32
+    n_soft: int = 24
     init_text: str = DEFAULT_INSTRUCTION
-    steps: int = 400
+    steps: int = 800
     batch_size: int = 8  # prompts a step
     accumulate: int = 1  # micro-batches a step is cut into, by length of the prompts
     learning_rate: float = 2e-2  # a soft prompt takes some 2.5e-3
@@ -92,7 +92,7 @@ class DistilConfig:
         return safe if self.safe_weight is None else self.safe_weight, drift if self.drift_weight is None else self.drift_weight
 
 
-_WEIGHTS = {"tv": (8.0, 0.1), "jsd": (5.0, 0.8)}
+_WEIGHTS = {"tv": (14.0, 0.06), "jsd": (5.0, 0.8)}
 
 
 @dataclass(frozen=True)
