@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks.record import RESULTS, machine
 from softguard import stats
+from softguard.adapters import Adapter
 from softguard.config import Recipe, load_recipe
 from softguard.corpus import Corpus, teach
 from softguard.distill import distil
@@ -99,8 +100,6 @@ class _Study:
         folder, recipe = self._place(method, rate, seed), self._recipe(method, rate, seed)
         if (folder / "cell.json").is_file():
             return
-        from softguard.adapters import Adapter
-
         shutil.copytree(self.folder / "base" / "answers", folder / "answers", dirs_exist_ok=True)
         with Bars() as bars:
             evaluate(recipe, folder, self.base, self.system, Adapter.load(folder, self.base), progress=bars)
