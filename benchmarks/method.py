@@ -92,10 +92,9 @@ class _Study:
 
     def cell(self, method: str, seed: int) -> None:
         """Train and measure one cell; its learning rate is chosen at seed 0."""
-        losses = (
-            {rate: self._trained(method, rate, 0) for rate in METHODS[method].rates} if len(METHODS[method].rates) > 1 else {}
-        )
-        rate = min(losses, key=losses.__getitem__) if losses else METHODS[method].rates[0]
+        rates = METHODS[method].rates
+        losses = {rate: self._trained(method, rate, 0) for rate in rates} if len(rates) > 1 else {}
+        rate = min(losses, key=losses.__getitem__) if losses else rates[0]
         self._trained(method, rate, seed)
         folder, recipe = self._place(method, rate, seed), self._recipe(method, rate, seed)
         if (folder / "cell.json").is_file():

@@ -211,11 +211,11 @@ class _Run:
             seed=self.recipe.seed,
             progress=self._teller("base drift", suite),
         )
-        rows = [self._drift_row("safe_system", suite, "token_tv", self._system_drift(suite, drawn))]
+        rows = [self._mean_row("safe_system", suite, "token_tv", self._system_drift(suite, drawn))]
         if "distilled" in self.engines:
             tv, kl, loss = self._student_drift(suite.prompts, drawn, self._teller("distilled drift", suite))
-            rows.append(self._drift_row("distilled", suite, "token_tv", tv))
-            rows.append(self._drift_row("distilled", suite, "token_kl", kl))
+            rows.append(self._mean_row("distilled", suite, "token_tv", tv))
+            rows.append(self._mean_row("distilled", suite, "token_kl", kl))
             value, low, high, n = stats.mean(loss, self.recipe.seed)
             ratio = (math.exp(value), math.exp(low), math.exp(high), n)
             rows.append(Row("distilled", self.methods["distilled"], suite.name, suite.split, "perplexity_ratio", *ratio))
@@ -238,10 +238,10 @@ class _Run:
             rows.append(Row(name, self.methods[name], suite.name, suite.split, "accuracy", *stats.share(hits)))
             if name != "base":
                 change = [float(hit) - float(was) for hit, was in zip(hits, right["base"], strict=True)]
-                rows.append(self._drift_row(name, suite, "accuracy_change", change))
+                rows.append(self._mean_row(name, suite, "accuracy_change", change))
         return rows
 
-    def _drift_row(self, name: System, suite: Suite, metric: str, values: Sequence[float]) -> Row:
+    def _mean_row(self, name: System, suite: Suite, metric: str, values: Sequence[float]) -> Row:
         return Row(name, self.methods[name], suite.name, suite.split, metric, *stats.mean(values, self.recipe.seed))
 
     def _system_drift(self, suite: Suite, drawn: Sequence[Response]) -> list[float]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softguard.chat import Chat
 from softguard.divergences import selected
-from softguard.kernels import log_law, per_token
+from softguard.kernels import per_token
 from softguard.models import BaseModel
 from softguard.packed import packed_hidden
 from softguard.prefix import ConstantPrefix
@@ -39,7 +39,7 @@ def likeliest(
         states = packed_hidden(base, prefix, [encoded[i] + list(stem) for i, stem in stems], [len(s) + 1 for _, s in stems])
         at = dict(zip(stems, states, strict=True))
         for i in part:
-            scores = [float(_log_probability(at[i, tuple(ids[:-1])], ids, base.head)) for ids in answers[i]]
+            scores = [float(response_log_probs(at[i, tuple(ids[:-1])], ids, base.head).sum()) for ids in answers[i]]
             best[i] = max(range(len(scores)), key=scores.__getitem__)
         progress(len(part))
     return best
@@ -49,7 +49,3 @@ def response_log_probs(states: Tensor, ids: Sequence[int], head: Tensor) -> Tens
     """Log-probability of each of `ids` (tokens,) from the hidden states (tokens, hidden) that predict them."""
     wanted = torch.tensor(ids, device=states.device)
     return per_token(lambda log_q, at: selected(log_q, wanted[at]), states, head)
-
-
-def _log_probability(states: Tensor, ids: Sequence[int], head: Tensor) -> Tensor:
-    return selected(log_law(states, head), torch.tensor(ids, device=states.device)).sum()
