@@ -81,6 +81,10 @@ def time_step(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> flo
     return time.perf_counter() - begin
 
 
+def _silent(step: Step) -> None:
+    """Other processes than the first tell nothing."""
+
+
 def _start(recipe: Recipe, corpus: Corpus, base: BaseModel) -> Adapter:
     """The adapter before its first step."""
     refused: list[str] = []
@@ -132,8 +136,9 @@ class _Trainer:
         if self.config.objective == "ppo":
             groups.append({"params": [self.value_head], "lr": _VALUE_RATE})
         optimiser = torch.optim.Adam(groups, lr=self.config.learning_rate, betas=(0.9, 0.98), eps=1e-7)
-        schedule = get_cosine_schedule_with_warmup(optimiser, self.config.warmup, self.config.steps)
-        self.optimiser, self.schedule = self.accelerator.prepare(optimiser, schedule)
+        # The schedule is not prepared: accelerate would step it once a process.
+        self.schedule = get_cosine_schedule_with_warmup(optimiser, self.config.warmup, self.config.steps)
+        self.optimiser = self.accelerator.prepare(optimiser)
         self.best = self._now()
         self.best_loss, self.since_best, self.step = float("inf"), 0, 0
         self.settings = _settings(recipe, corpus, base)
@@ -147,6 +152,8 @@ class _Trainer:
 
     def run(self, progress: Callable[[Step], None]) -> Adapter:
         self._resume()
+        if self.rank:
+            progress = _silent
         for line in self.log:
             progress(Step(**json.loads(line)))
         batches = _batches(self.corpus.refusal_rates("train"), self.config.batch_size, self.recipe.seed)

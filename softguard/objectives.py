@@ -151,7 +151,7 @@ def sft(batch: Batch, length: Length) -> Losses:
     """
     safe = batch.p_safe * (_response(batch) * batch.mask).sum(-1)
     refusal = batch.refusal_rate * batch.refusal.sum(-1)
-    scale = torch.ones(())
+    scale = batch.p_safe.new_ones(())
     if length == "mean":
         tokens = (batch.p_safe * batch.mask.sum(-1)).sum() + batch.refusal_rate.sum() * batch.refusal.shape[1]
         scale = (batch.p_safe.sum() + batch.refusal_rate.sum()) / tokens.clamp(min=1)
