@@ -27,8 +27,8 @@ from softguard.initial import initial_adapter
 from softguard.models import BaseModel
 from softguard.objectives import PAIRED, Batch, find_objective
 from softguard.passes import Passes, Probe, probe
-from softguard.policy import POLICY, Rollouts, draw, losses
 from softguard.prompts import thin
+from softguard.rollouts import ON_POLICY, Rollouts, draw, losses
 
 _CONTRAST = 64  # prompts of each sort whose difference a steering vector starts from
 _VALUE_RATE = 1e-3  # learning rate of ppo's value head
@@ -118,15 +118,15 @@ class _Trainer:
         from transformers import get_cosine_schedule_with_warmup
 
         self.recipe, self.config, self.corpus, self.out, self.base = recipe, recipe.distil, corpus, out, base
-        self.policy = self.config.objective in POLICY
-        if not self.policy:
-            self.objective = find_objective(self.config.objective, POLICY)
+        self.on_policy = self.config.objective in ON_POLICY
+        if not self.on_policy:
+            self.objective = find_objective(self.config.objective, ON_POLICY)
         self.safe_weight, self.drift_weight = self.config.weights
         self.accelerator = Accelerator(cpu=base.device.type == "cpu")
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
-        if self.policy and self.processes > 1:
+        if self.on_policy and self.processes > 1:
             raise SoftguardError(f"objective {self.config.objective} draws its own answers; run it in one process")
-        if self.policy:
+        if self.on_policy:
             self.guard = guard or load_guard(recipe.system.guard)
         start = _start(recipe, corpus, base)
         self.student = replace(start, tensors={k: torch.nn.Parameter(v) for k, v in start.tensors.items()})
@@ -183,7 +183,7 @@ class _Trainer:
     def _train_step(self, indices: list[int], epoch: int) -> Step:
         examples = sorted(self.corpus.examples("train", indices), key=lambda e: len(e.prompt))
         safe = refusal = 0.0
-        if self.policy:
+        if self.on_policy:
             rollouts = self._draw(examples, self.step + 1)
             for loss in losses(self.config.objective, self.passes, rollouts, self.value_head, self.config.beta):
                 self.optimiser.zero_grad()
@@ -247,7 +247,7 @@ class _Trainer:
             examples = self.corpus.examples("validation", indices[start : start + self.config.batch_size])
             batch, first = self._batch(examples, 0, take, pairs=False)
             probes.append(probe(batch, first))
-            if self.policy:
+            if self.on_policy:
                 safe -= float(self._draw(examples, 0).reward.sum()) / take
                 continue
             if self.config.objective in PAIRED:

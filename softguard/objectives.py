@@ -3,7 +3,7 @@
 Every objective sees the same `Batch`: for each prompt x the *safe branch*, a response y drawn from the base, which the
 system keeps with probability α(x, y); and the *refusal branch*, the refusal y_r, which the system gives with
 probability U(x). Rows whose branch has no weight are left out of the batch, since they would add nothing; `PAIRED`
-objectives compare both answers of every prompt instead. Objectives that learn from the student's own answers are in `policy`.
+objectives compare both answers of every prompt instead. Objectives that learn from the student's own answers are in `rollouts`.
 """
 
 from collections.abc import Callable, Sequence

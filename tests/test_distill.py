@@ -15,7 +15,7 @@ from softguard.distill import _batches, _Trainer, distil, time_step
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
 from softguard.objectives import OBJECTIVES
-from softguard.policy import POLICY
+from softguard.rollouts import ON_POLICY
 from softguard.system import SafeSystem
 from tests.commands import run_module, softguard, softguard_killed
 
@@ -110,7 +110,7 @@ def shallow(base: BaseModel) -> BaseModel:
 
 
 @pytest.mark.parametrize("adapter", ["lora", "soft_prompt"])
-@pytest.mark.parametrize("objective", POLICY)
+@pytest.mark.parametrize("objective", ON_POLICY)
 def test_objectives_that_draw_their_own_answers_earn_more_reward(
     objective: str, adapter: str, prompts: Path, shallow: BaseModel, tmp_path: Path
 ) -> None:
