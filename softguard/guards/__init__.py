@@ -37,11 +37,11 @@ class Guard(Protocol):
 
 
 def load_guard(spec: str) -> Guard:
-    """Find a guard by `spec`: "bundled", a folder with a card.json, "package.module:function", or "cautious(A, B)" or
-    "mean(A, B)" of such guards.
+    """Find a guard by `spec`: "bundled", a folder with a card.json, "generative:FAMILY:MODEL", "remote:chat:MODEL@URL" or
+    "remote:moderation:MODEL@URL", "package.module:name", or "cautious(A, B)" or "mean(A, B)" of such guards.
 
-    A function is called as f(prompts, responses or None) and gives p(safe), see `CallableGuard`; of several, see
-    `EnsembleGuard`. Raises SoftguardError if there is no such guard.
+    A name stands for a guard, or for a function that is called as f(prompts, responses or None) and gives p(safe), see
+    `CallableGuard`; of several guards, see `EnsembleGuard`. Raises SoftguardError if there is no such guard.
     """
     from softguard.guards.ensemble import EnsembleGuard, parse_ensemble
 
@@ -53,6 +53,14 @@ def load_guard(spec: str) -> Guard:
         from softguard.guards.encoder import BUNDLED, EncoderGuard
 
         return EncoderGuard.load(BUNDLED if spec == "bundled" else spec)
+    if spec.startswith("generative:"):
+        from softguard.guards.generative import GenerativeGuard
+
+        return GenerativeGuard.load(spec.removeprefix("generative:"))
+    if spec.startswith("remote:"):
+        from softguard.guards.remote import RemoteGuard
+
+        return RemoteGuard.from_spec(spec.removeprefix("remote:"))
     module_name, colon, attribute = spec.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
         raise SoftguardError(
