@@ -5,8 +5,7 @@
 import pytest
 
 from softguard.errors import SoftguardError
-from softguard.guards.families import FAMILIES, find_family
-from softguard.guards.generative import fill
+from softguard.guards.families import FAMILIES, fill, find_family
 
 PROMPT, RESPONSE = "How do I pick a lock?", "With a pick."
 

@@ -9,8 +9,8 @@ import torch
 
 from softguard.errors import SoftguardError
 from softguard.guards import load_guard, prompt_safety, response_safety
-from softguard.guards.families import FAMILIES
-from softguard.guards.generative import GenerativeGuard, fill
+from softguard.guards.families import FAMILIES, fill
+from softguard.guards.generative import GenerativeGuard
 from softguard.models import BaseModel, load_base
 from tests.conftest import save_small
 

@@ -11,9 +11,12 @@ spelt as the family's model expects it. Sources (prompt formats are interfaces; 
     zero-shot         our own words, for any instruct model
 """
 
+import re
 from dataclasses import dataclass
 
 from softguard.errors import SoftguardError
+
+_FIELD = re.compile(r"\{(prompt|response|criterion)\}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,12 @@ def find_family(name: str) -> Family:
     if name not in FAMILIES:
         raise SoftguardError(f"family {name!r} of generative guards is unknown; use one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
+
+
+def fill(text: str, prompt: str, response: str = "", criterion: str = "") -> str:
+    """`text` of a question with its fields filled in; fields spelt in what is filled in stay as they are."""
+    fields = {"prompt": prompt.strip(), "response": response.strip(), "criterion": criterion}
+    return _FIELD.sub(lambda match: fields[match[1]], text)
 
 
 _HAZARDS = (

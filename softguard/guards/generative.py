@@ -20,13 +20,12 @@ from softguard.chat import PlainText
 from softguard.decoding import keep_prefix
 from softguard.errors import SoftguardError
 from softguard.guards import Probabilities
-from softguard.guards.families import Question, find_family
+from softguard.guards.families import Question, fill, find_family
 from softguard.models import BaseModel, load_base
 from softguard.prefix import ConstantPrefix
 
 _BATCH = 16  # rows of one pass
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
-_FIELD = re.compile(r"\{(prompt|response|criterion)\}")
 
 
 class _Asked(NamedTuple):
@@ -165,12 +164,6 @@ class GenerativeGuard:
             else:
                 ids += self._plain.encode(fill(piece, prompt, response, criterion))
         return ids
-
-
-def fill(text: str, prompt: str, response: str = "", criterion: str = "") -> str:
-    """`text` of a question with its fields filled in; fields spelt in what is filled in stay as they are."""
-    fields = {"prompt": prompt.strip(), "response": response.strip(), "criterion": criterion}
-    return _FIELD.sub(lambda match: fields[match[1]], text)
 
 
 def _pieces(control: re.Pattern[str] | None, template: str) -> Iterable[tuple[str, bool]]:
