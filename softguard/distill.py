@@ -77,7 +77,7 @@ class _Trainer:
         self.objective = find_objective(self.config.objective)
         self.safe_weight, self.drift_weight = self.config.weights
         self.chat = Chat(base.tokenizer, self.config.slot, base.stop_ids)
-        self.refusal = self.chat.encode_response(recipe.system.refusal)
+        self.begins = [self.chat.encode_response(text)[0] for text in corpus.manifest["refusals"]]  # the default's comes first
         self.accelerator = Accelerator(cpu=base.device.type == "cpu")
         self.vectors = torch.nn.Parameter(initial_vectors(base, self.config.adapter, self.config.init_text, self.config.n_soft))
         optimiser = torch.optim.Adam([self.vectors], lr=self.config.learning_rate, betas=(0.9, 0.98), eps=1e-7)
@@ -118,7 +118,7 @@ class _Trainer:
         return {
             "objective": self.config.objective,
             "length": self.config.length,
-            "refusal": self.recipe.system.refusal,
+            "refusal": self.corpus.manifest["refusals"][0],
             "guard": self.corpus.manifest["guard"],
             "corpus": self.corpus.fingerprint,
             "settings": self.settings,
@@ -133,7 +133,7 @@ class _Trainer:
         safe = refusal = 0.0
         for where in np.array_split(np.arange(len(examples)), min(self.config.accumulate, len(examples))):
             part = [examples[i] for i in where]  # neighbours in length, so that attention pads little
-            batch, _ = self._batch(part, epoch, len(examples))
+            batch, _, _ = self._batch(part, epoch, len(examples))
             losses = self.objective(batch, self.config.length)
             total = self.safe_weight * losses.safe + self.config.refusal_weight * losses.refusal
             if not torch.isfinite(total):
@@ -155,9 +155,9 @@ class _Trainer:
         losses, probes = [], []
         for start in range(0, take, self.config.batch_size):
             examples = self.corpus.examples("validation", indices[start : start + self.config.batch_size])
-            batch, first = self._batch(examples, 0, take)
+            batch, first, begin = self._batch(examples, 0, take)
             losses.append(self.objective(batch, self.config.length))
-            probes.append(_probe(batch, first))
+            probes.append(_probe(batch, first, begin))
         probe = _Probe(*map(sum, zip(*probes, strict=True)))
         entry = Step(
             self.step,
@@ -175,18 +175,20 @@ class _Trainer:
             self.best = self.vectors.detach().clone()
         return entry
 
-    def _batch(self, examples: Sequence[Example], epoch: int, prompts: int) -> tuple[Batch, Tensor]:
+    def _batch(self, examples: Sequence[Example], epoch: int, prompts: int) -> tuple[Batch, Tensor, Tensor]:
         """Both branches of some examples, by one pass of the student and, unless the corpus kept its states, one of the base.
 
-        Also returns the student's last hidden states that predict the rows' first tokens, (S + R, hidden).
+        Also returns the student's last hidden states that predict the rows' first tokens, (S + R, hidden), and the first tokens
+        of the refusals, (R,).
         """
         encoded = [self.chat.encode(e.prompt) for e in examples]
         drawn = [e.responses[epoch % len(e.responses)] for e in examples]
         safe = [i for i, draw in enumerate(drawn) if draw.keep > _NO_WEIGHT]
-        refused = [i for i, e in enumerate(examples) if e.refusal_rate > _NO_WEIGHT]
+        refused = [(i, ids, rate) for i, e in enumerate(examples) for ids, rate in e.refusals.items() if rate > _NO_WEIGHT]
+        refusals = [list(ids) for _, ids, _ in refused]
         responses = [list(drawn[i].ids) for i in safe]
-        answers = responses + [self.refusal] * len(refused)
-        rows = [encoded[i] + answer[:-1] for i, answer in zip(safe + refused, answers, strict=True)]
+        answers = responses + refusals
+        rows = [encoded[i] + answer[:-1] for i, answer in zip([*safe, *(i for i, *_ in refused)], answers, strict=True)]
         wanted = [len(answer) for answer in answers]
         prefix = constant_prefix(self.base, self.chat, self.student)
         hidden = packed_hidden(self.base, prefix, rows, wanted)
@@ -206,10 +208,13 @@ class _Trainer:
         def numbers(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)
 
-        target = torch.tensor(self.refusal * len(refused), device=device, dtype=torch.long)
-        refusals = per_token(
+        target = torch.tensor([i for ids in refusals for i in ids], device=device, dtype=torch.long)
+        log_probs = per_token(
             lambda log_q, at: selected(log_q, target[at]), torch.cat([hidden[0][:0], *hidden[len(safe) :]]), head
         )
+        said = _padded([part[:, None] for part in torch.split(log_probs, list(map(len, refusals)))], log_probs[:, None])[..., 0]
+        # Of several things said instead of one prompt's responses, the most frequent stands for all in the first token's law.
+        first = [max(e.refusals, key=e.refusals.__getitem__, default=tuple(self.begins))[0] for e in examples]
         batch = Batch(
             student=student,
             teacher=_padded(teacher, hidden[0]),
@@ -218,13 +223,15 @@ class _Trainer:
             mask=mask,
             p_safe=numbers([drawn[i].keep for i in safe]),
             first_rate=numbers([examples[i].refusal_rate for i in safe]),
-            refusal=refusals.view(len(refused), len(self.refusal)),
-            refusal_rate=numbers([examples[i].refusal_rate for i in refused]),
-            refusal_token=torch.tensor(self.refusal[0], device=device),
+            refusal=said,
+            refusal_rate=numbers([rate for *_, rate in refused]),
+            refusal_token=torch.tensor([first[i] for i in safe], dtype=torch.long, device=device),
             prompts=prompts,
             drift_weight=self.drift_weight,
+            begins=torch.tensor(sorted(set(self.begins)), device=device),
+            refusal_mask=_padded([torch.ones(len(ids), 1, device=device) for ids in refusals], said[..., None])[..., 0],
         )
-        return batch, torch.stack([row[0] for row in hidden])
+        return batch, torch.stack([row[0] for row in hidden]), torch.tensor([ids[0] for ids in refusals], device=device)
 
     def _resume(self) -> None:
         """Take up the checkpoint, if there is one, and drop log lines written after it."""
@@ -289,16 +296,17 @@ class _Probe(NamedTuple):
     answered: int
 
 
-def _probe(batch: Batch, first: Tensor) -> _Probe:
-    begins = log_law(first, batch.head).argmax(-1) == batch.refusal_token
+def _probe(batch: Batch, first: Tensor, begin: Tensor) -> _Probe:
+    assert batch.begins is not None
+    likeliest = log_law(first, batch.head).argmax(-1)
     safe, kept, refused = len(batch.p_safe), batch.p_safe > 0.5, batch.refusal_rate > 0.5
     drift = divergences(token_tv, batch)[kept]
     return _Probe(
         float(drift.sum()),
         int(batch.mask[kept].sum()),
-        int((begins[safe:] & refused).sum()),
+        int(((likeliest[safe:] == begin) & refused).sum()),
         int(refused.sum()),
-        int((begins[:safe] & kept).sum()),
+        int((torch.isin(likeliest[:safe], batch.begins) & kept).sum()),
         int(kept.sum()),
     )
 

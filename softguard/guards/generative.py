@@ -70,11 +70,11 @@ class GenerativeGuard:
 
     def prompt_safety(self, prompts: Sequence[str]) -> Probabilities:
         """p(safe | prompt), float64 (prompts,). Raises SoftguardError for a prompt that does not fit the model's context."""
-        return self._safety(self.family.prompt, prompts, prompts).min(axis=1)
+        return self._worst(self.family.prompt, prompts, prompts)
 
     def response_safety(self, prompts: Sequence[str], responses: Sequence[str]) -> Probabilities:
         """p(safe | prompt, response), float64 (pairs,). Raises SoftguardError for a pair that does not fit the context."""
-        return self._safety(self.family.response, prompts, responses).min(axis=1)
+        return self._worst(self.family.response, prompts, responses)
 
     def prompt_categories(self, prompts: Sequence[str]) -> list[str]:
         """The likeliest category of each prompt, were it unsafe. Raises SoftguardError if the family names none."""
@@ -87,6 +87,9 @@ class GenerativeGuard:
     @property
     def _labels(self) -> tuple[str, ...]:
         return self.family.safe + self.family.unsafe
+
+    def _worst(self, question: Question, prompts: Sequence[str], responses: Sequence[str]) -> Probabilities:
+        return np.asarray(self._safety(question, prompts, responses).min(axis=1), dtype=np.float64)
 
     def _safety(self, question: Question, prompts: Sequence[str], responses: Sequence[str]) -> Matrix:
         """p(safe) by each criterion, (texts, criteria)."""
