@@ -176,6 +176,7 @@ def teach(
             system.guard.fingerprint,
             system.threshold,
             recipe.system,
+            system.policy.fingerprint,
             recipe.teach,
             recipe.seed,
             recipe.model.dtype,

@@ -1,6 +1,8 @@
 """Things a recipe names as "package.module:name"."""
 
 import importlib
+import inspect
+from typing import Any
 
 from softguard.errors import SoftguardError
 
@@ -21,3 +23,13 @@ def imported(spec: str, what: str) -> object:
     except Exception as error:
         raise SoftguardError(f"{what} {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
     return found
+
+
+def source_of(function: Any) -> str:
+    """The source of a function, or of an instance's type; empty where there is none, as of one typed at a prompt."""
+    for thing in (function, type(function)):
+        try:
+            return inspect.getsource(thing)
+        except (OSError, TypeError):
+            continue
+    return ""

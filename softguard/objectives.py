@@ -25,7 +25,8 @@ class Batch(NamedTuple):
     student, teacher: (S, T, H) last hidden states of the student and of the base that predict the response's tokens.
     head: (V, H) frozen output head that makes next-token laws of them.
     response: (S, T) ids of y; mask: (S, T), 1 on real tokens; p_safe: (S,) α; first_rate: (S,) U of the row's prompt.
-    refusal: (R, T_r) student's log-probabilities of the refusal's tokens; refusal_rate: (R,) U of the row's prompt.
+    refusal: (R, T_r) student's log-probabilities of the refusal's tokens; refusal_rate: (R,) U, how often the
+    system says it to the row's prompt.
     refusal_token: first id of what the system says instead, (S,) or, where it is the same for all rows, ().
     prompts: how many prompts the rows stand for; losses are means over prompts.
     drift_weight: λ, what the dense objectives multiply the divergence between answers by; whether to answer has weight 1.
@@ -65,10 +66,9 @@ def tv(batch: Batch, length: Length) -> Losses:
     safe branch: α·(log(1 − P(R₁|∅)) − log(1 − q(R₁)))₊ + λ·(TV(P(·|∅), q(·|∅)) + Σ_{t>1} α·TV(p_t, q_t))
     refusal branch: U·(log U − log q(y_r))₊
 
-    P(·|∅) = (1 − U)·p + U·1[r₁] is the system's law of the first token, r₁ the first token of the row's refusal and R₁ those of
-    all refusals. TV is flat both
-    where a refusal has no mass yet and where it has nearly all of it; the log-hinges on refusing and on answering bound
-    the TV of that decision from above and pull in both places.
+    P(·|∅) = (1 − U)·p + U·1[r₁] is the system's law of the first token, r₁ the first token of the row's refusal and R₁ those
+    of all refusals. TV is flat both where a refusal has no mass yet and where it has nearly all of it; the log-hinges on
+    refusing and on answering bound the TV of that decision from above and pull in both places.
     """
     return _decided(batch, length, token_tv)
 
@@ -76,7 +76,7 @@ def tv(batch: Batch, length: Length) -> Losses:
 def jsd(batch: Batch, length: Length) -> Losses:
     """`tv` with the Jensen–Shannon divergence in total variation's place; its gradient fades as the student nears the system.
 
-    safe branch: α·(log(1 − P(r₁|∅)) − log(1 − q(r₁)))₊ + λ·(JSD(P(·|∅), q(·|∅)) + Σ_{t>1} α·JSD(p_t, q_t))
+    safe branch: α·(log(1 − P(R₁|∅)) − log(1 − q(R₁)))₊ + λ·(JSD(P(·|∅), q(·|∅)) + Σ_{t>1} α·JSD(p_t, q_t))
     refusal branch: U·(log U − log q(y_r))₊
     """
     return _decided(batch, length, token_jsd)

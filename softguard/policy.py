@@ -1,11 +1,13 @@
 """What the system says instead of an answer its guard rejects, by the category the guard names (A.3's actions a_c)."""
 
+import hashlib
+import json
 import re
 from collections.abc import Callable
 
 from softguard.config import Action, SystemConfig
 from softguard.errors import SoftguardError
-from softguard.named import imported
+from softguard.named import imported, source_of
 
 REDACTED = "[redacted]"
 _PERSONAL = re.compile(
@@ -32,6 +34,12 @@ class Policy:
                         "f(prompt, response)"
                     )
                 self._functions[category] = found
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the sources of its functions; what they call or load is not seen."""
+        sources = {category: source_of(function) for category, function in self._functions.items()}
+        return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
 
     def __bool__(self) -> bool:
         return bool(self._actions)

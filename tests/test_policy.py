@@ -56,6 +56,14 @@ def test_one_category_is_kept_and_refusals_are_counted_once() -> None:
     assert not Policy(SystemConfig())
 
 
+def test_the_fingerprint_tells_functions_apart() -> None:
+    def fingerprint(name: str) -> str:
+        return Policy(SystemConfig(policy={"odd": Action("call", function=f"tests.test_policy:{name}")})).fingerprint
+
+    assert fingerprint("longer") == fingerprint("longer")
+    assert len({fingerprint("longer"), fingerprint("nothing"), POLICY.fingerprint, Policy(SystemConfig()).fingerprint}) == 4
+
+
 @pytest.mark.parametrize(
     ("category", "said"), [("void", "gave ' '; it must give some text"), ("broken", "failed with KeyError: 'yes'")]
 )
