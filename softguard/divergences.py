@@ -35,8 +35,8 @@ def selected(log_probs: Tensor, ids: Tensor) -> Tensor:
 
 
 def log_avoids(log_probs: Tensor, token: Tensor) -> Tensor:
-    """log(1 − q(token)): (..., vocabulary) log-probabilities and one id () to (...)."""
-    return log_probs.index_fill(-1, token.reshape(1), -torch.inf).logsumexp(-1)
+    """log(1 − Σ q(token)): (..., vocabulary) log-probabilities and one id (), or several (tokens,), to (...)."""
+    return log_probs.index_fill(-1, token.reshape(-1), -torch.inf).logsumexp(-1)
 
 
 def log_hinge(log_target: Tensor, log_q: Tensor) -> Tensor:

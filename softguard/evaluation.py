@@ -128,7 +128,8 @@ def evaluate(
                 answers[name][suite.name] = system.answer(suite.prompts, base_texts, recipe.seed)
             else:
                 answers[name][suite.name] = base_texts if name == "base" else run.answers(name, suite)
-        rows += _graded(run.methods, suite, {name: texts[suite.name] for name, texts in answers.items()}, judge, recipe.seed)
+        texts_of = {name: texts[suite.name] for name, texts in answers.items()}
+        rows += _graded(run.methods, suite, texts_of, judge, system.policy.refusals, recipe.seed)
     cost = measure_cost(base, run.engines["base"], system, adapter, run.engines.get("distilled"))
     results = Results(
         base.name,
@@ -246,7 +247,7 @@ class _Run:
 
     def _system_drift(self, suite: Suite, drawn: Sequence[Response]) -> list[float]:
         """The system departs from the base at the first token only, by U(x), if the base never begins a refusal."""
-        keep = self.system.keep(self.system.p_safe(suite.prompts, [response.text for response in drawn]))
+        keep = self.system.judge(suite.prompts, [response.text for response in drawn]).keep
         return [float(1 - k) / max(len(response.ids), 1) for k, response in zip(keep, drawn, strict=True)]
 
     @torch.inference_mode()
@@ -278,10 +279,17 @@ class _Run:
         return tv.tolist(), kl.tolist(), loss.tolist()
 
 
-def _graded(methods: dict[System, str], suite: Suite, answers: dict[System, list[str]], judge: Judge, seed: int) -> list[Row]:
-    """Figures of every system on one suite of answers."""
+def _graded(
+    methods: dict[System, str],
+    suite: Suite,
+    answers: dict[System, list[str]],
+    judge: Judge,
+    refusals: tuple[str, ...],
+    seed: int,
+) -> list[Row]:
+    """Figures of every system on one suite of answers; one that begins as a refusal of the system is one by any wording."""
     rows = []
-    refused = {name: [is_refusal(text) for text in texts] for name, texts in answers.items()}
+    refused = {name: [text.startswith(refusals) or is_refusal(text) for text in texts] for name, texts in answers.items()}
     if suite.measure == "over_refusal":
         for name, hits in refused.items():
             rows.append(Row(name, methods[name], suite.name, suite.split, "over_refusal", *stats.share(hits)))
