@@ -106,7 +106,7 @@ def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at
 
 
 def _seen(prefix: Tensor, rows: Tensor) -> Tensor:
-    """Keys or values that each row sees, (groups · B, P + T, width), of the prefix's (groups, P, width) and (groups, B, 1, T, width).
+    """Keys or values that rows see, (groups · B, P + T, width): the prefix's (groups, P, width), their own as of `rows_of`.
 
     They are few beside the scores: copying the prefix for every row spares cutting the scores in two.
     """

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TILE = 2**24  # logits held at once, in the head's precision …
-_LEAST = 128  # … but of so many tokens at least
-_BLOCK = 2**18  # of which so many at once become laws
+_TILE = 2**25  # bytes of logits held at once …
+_LEAST = 128  # … but those of so many tokens at least
+_BLOCK = 2**18  # logits of which laws are made at once
 
 
 _Terms = Callable[[Tensor, list[Tensor], slice, bool], tuple[Tensor, Tensor | None]]
@@ -55,13 +55,13 @@ def per_token_between(divergence: Callable[[Tensor, Tensor], Tensor], teacher: T
 def selected_log_probs(hidden: Tensor, ids: Tensor, head: Tensor) -> Tensor:
     """Log-probabilities of `ids` (tokens,), with a gradient to `hidden` (tokens, hidden): 1[v = id] − q(v) at the logits."""
 
-    def terms(logits: Tensor, fixed: list[Tensor], at: slice, sloped: bool) -> tuple[Tensor, Tensor]:
+    def terms(logits: Tensor, fixed: list[Tensor], at: slice, sloped: bool) -> tuple[Tensor, Tensor | None]:
         chosen = ids[at, None]
         top = logits.amax(-1, keepdim=True)
         at_chosen = logits.gather(-1, chosen) - top
         weights = logits.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
-        slope = weights.div_(-total).scatter_add_(-1, chosen, torch.ones_like(total)) if sloped else weights
+        slope = weights.div_(-total).scatter_add_(-1, chosen, torch.ones_like(total)) if sloped else None
         return (at_chosen - total.log()).squeeze(-1), slope
 
     return _PerToken.apply(hidden, head, terms)  # type: ignore[no-any-return,no-untyped-call]
@@ -75,7 +75,8 @@ class _PerToken(torch.autograd.Function):
         sloped = ctx.needs_input_grad[0]
         values = hidden.new_zeros(len(hidden), dtype=torch.promote_types(head.dtype, torch.float32))
         gradient = torch.zeros_like(hidden) if sloped else None
-        tile, block = max(_LEAST, _TILE // len(head)), max(1, _BLOCK // len(head))
+        tile = max(_LEAST, _TILE // (head.element_size() * len(head)))
+        block = max(torch.get_num_threads(), _BLOCK // len(head)) if head.device.type == "cpu" else tile  # a row a thread
         for start in range(0, len(hidden), tile):
             end = min(start + tile, len(hidden))
             logits, *fixed = (x[start:end].to(head.dtype) @ head.mT for x in (hidden, *others))
@@ -86,6 +87,7 @@ class _PerToken(torch.autograd.Function):
                     logits[part] = slope
             if gradient is not None:
                 gradient[start:end] = logits @ head
+            del logits, fixed  # before the next are made
         ctx.save_for_backward(gradient)
         ctx.others = len(others)
         return values
