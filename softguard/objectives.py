@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from softguard.divergences import P_SAFE_RANGE, log_avoids, log_hinge, refusal_mixture, selected, token_jsd, token_kl, token_tv
+from softguard.divergences import P_SAFE_RANGE, log_avoids, log_hinge, refusal_mixture, token_jsd, token_kl, token_tv
 from softguard.errors import SoftguardError
-from softguard.kernels import log_law, per_token, per_token_between
+from softguard.kernels import per_token, per_token_between, selected_log_probs
 
 Length = Literal["sum", "mean"]
 
@@ -98,10 +98,12 @@ def _decided(batch: Batch, length: Length, divergence: Callable[[Tensor, Tensor]
     weight = batch.drift_weight * torch.where(first, 1.0, (batch.p_safe / later)[:, None])[real]
     rate = batch.first_rate[:, None].expand(real.shape)[real]
     alpha = batch.p_safe[:, None].expand(real.shape)[real]
-    begins, teacher, token = first[real], batch.teacher[real], tokens[:, None].expand(real.shape)[real]
+    begins, token = first[real], tokens[:, None].expand(real.shape)[real]
 
-    def terms(log_q: Tensor, at: slice) -> Tensor:
-        log_p, where = log_law(teacher[at], batch.head), begins[at].nonzero().squeeze(-1)
+    def terms(log_q: Tensor, log_p: Tensor, at: slice) -> Tensor:
+        where = begins[at].nonzero().squeeze(-1)
+        if not len(where):  # so most blocks are, and each step below would copy the law
+            return weight[at] * divergence(log_p, log_q)
         log_first, rates = log_p[where], rate[at][where]
         system_first = refusal_mixture(log_first, rates, token[at][where])
         system = log_p.index_copy(0, where, system_first)
@@ -109,7 +111,7 @@ def _decided(batch: Batch, length: Length, divergence: Callable[[Tensor, Tensor]
         decision = alpha[at][where] * log_hinge(answers, log_avoids(log_q[where], avoided))
         return (weight[at] * divergence(system, log_q)).index_add(0, where, decision)
 
-    safe = per_token(terms, batch.student[real], batch.head)
+    safe = per_token(terms, batch.student[real], batch.head, batch.teacher[real])
     rate = _clamped(batch.refusal_rate)
     refusal = batch.refusal_rate * log_hinge(rate.log(), _over_refusal(batch, "sum"))
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
@@ -179,8 +181,7 @@ def dpo(batch: Batch, length: Length) -> Losses:
     if batch.base_refusal is None:
         raise ValueError("dpo needs pairs")
     real = batch.mask > 0
-    ids = batch.response[real]
-    of_base = per_token(lambda log_q, at: selected(log_q, ids[at]), batch.teacher[real].detach(), batch.head)
+    of_base = selected_log_probs(batch.teacher[real], batch.response[real], batch.head)
     gained = _response(batch) - torch.zeros_like(batch.mask).masked_scatter(real, of_base)
     answer = _over_tokens(gained, batch.mask, length)
     refused = _over_refusal(batch._replace(refusal=batch.refusal - batch.base_refusal), length)
@@ -217,8 +218,7 @@ def divergences(divergence: Callable[[Tensor, Tensor], Tensor], batch: Batch) ->
 def _response(batch: Batch) -> Tensor:
     """The student's log-probabilities of the response's tokens, (S, T); 0 where there is none."""
     real = batch.mask > 0
-    ids = batch.response[real]
-    values = per_token(lambda log_q, at: selected(log_q, ids[at]), batch.student[real], batch.head)
+    values = selected_log_probs(batch.student[real], batch.response[real], batch.head)
     return torch.zeros_like(batch.mask).masked_scatter(real, values)
 
 

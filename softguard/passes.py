@@ -10,8 +10,8 @@ from softguard.adapted import adapted
 from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.corpus import Example
-from softguard.divergences import selected, token_tv
-from softguard.kernels import log_law, per_token
+from softguard.divergences import token_tv
+from softguard.kernels import log_law, selected_log_probs
 from softguard.models import BaseModel
 from softguard.objectives import Batch, divergences
 from softguard.packed import packed_hidden
@@ -45,7 +45,7 @@ class Passes:
         """Log-probabilities, (all tokens,), of the answers' tokens from the hidden states that predict them."""
         target = torch.tensor([i for answer in answers for i in answer], device=self.base.device, dtype=torch.long)
         states = torch.cat(list(hidden)) if hidden else self._teacher_prefix.embeddings[:0]
-        return per_token(lambda log_q, at: selected(log_q, target[at]), states, self.base.head)
+        return selected_log_probs(states, target, self.base.head)
 
     def batch(
         self, examples: Sequence[Example], epoch: int, prompts: int, drift_weight: float = 1.0, pairs: bool = False
