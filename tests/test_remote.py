@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -280,3 +281,9 @@ def test_found_by_name() -> None:
     for spec in ("remote:chat:model", "remote:judge:m@http://x", "remote:chat:m@ftp://x", "remote:chat:@http://x"):
         with pytest.raises(SoftguardError, match="must read remote:chat:MODEL@URL"):
             load_guard(spec)
+
+
+def test_without_the_client_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(SoftguardError, match=r"needs the package openai: pip install 'softguard\[remote\]'"):
+        load_guard("remote:chat:m@http://localhost/v1")
