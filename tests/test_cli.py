@@ -92,7 +92,7 @@ def test_dry_runs_say_what_would_run_and_write_nothing(
         ("system.guard=tests.guards_for_tests:throws", "server is gone"),
         ("teach.prompts=missing.jsonl", "does not exist"),
         ("distil.stepz=3", "did you mean distil.steps"),
-        ("distil.steps=0", "greater than 0"),
+        ("distil.batch_size=0", "greater than 0"),
         ("teach.max_new_tokens=600", "exceeds the model's context of 512"),
     ],
 )
