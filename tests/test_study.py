@@ -1,10 +1,11 @@
 """The study: its grid, its cells, and that neither kills nor workers change its table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from softguard.cli import main
 from softguard.errors import SoftguardError
@@ -160,7 +161,7 @@ def tiny(folder: Path, model: Path) -> Path:
     path = folder / "study.yaml"
     path.write_text(
         f"""
-model: {{name: {model}}}
+model: {{name: {model}, threads: 1}}
 system: {{guard: "tests.guards_for_tests:by_word"}}
 teach: {{prompts: {asked}, validation: {asked}, max_new_tokens: 4}}
 distil: {{steps: 6, n_soft: 4, batch_size: 4, validation_prompts: 4, validate_every: 3, checkpoint_every: 2}}
@@ -178,6 +179,14 @@ study:
 
 def timeless(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in read_table(path)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_threads() -> Iterator[None]:
+    """The tiny study sets PyTorch's threads, so that its sums do not depend on the machine; other tests want theirs."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
