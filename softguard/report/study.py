@@ -102,7 +102,7 @@ def _rates(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         groups.setdefault((row["base"], row["method"]), []).append(row)
     for (base, method), group in groups.items():
-        tried = [row for row in group if row["seed"] == group[0]["seed"]]
+        tried = [row for row in group if row["seed"] == group[0]["seed"] and row["validation_loss"] is not None]
         shown = [f"{row['learning_rate']:g}: {row['validation_loss']:.3f}" for row in tried]
         shown = [f"**{text}**" if row["chosen"] and len(tried) > 1 else text for row, text in zip(tried, shown, strict=True)]
         text.append(f"| {base} | {method} | {', '.join(shown)} |")
@@ -142,7 +142,7 @@ def _exhibit(exhibit: Exhibit, lines: Sequence[Line], folder: Path) -> _Made:
     if not any(line.source == "ours" for line in lines):
         text = ["Not measured by this study.", "", *text]
     name = f"{exhibit.name}.svg"
-    write_text(folder / name, dots(f"{exhibit.title} ({exhibit.unit})", list(groups.items())))
+    write_text(folder / name, dots(f"{exhibit.title} ({exhibit.unit})", list(groups.items()), 100 * (exhibit.metric in _WORDS)))
     return _Made(exhibit.title, name, text)
 
 

@@ -36,9 +36,9 @@ class Curve(NamedTuple):
     points: tuple[tuple[float, float], ...]
 
 
-def dots(title: str, groups: Sequence[tuple[str, Sequence[Dot]]]) -> str:
-    """One row a dot under its group's name, on a common axis that begins at 0."""
-    highest = max((max(dot.value, dot.high) for _, group in groups for dot in group), default=1.0) or 1.0
+def dots(title: str, groups: Sequence[tuple[str, Sequence[Dot]]], end: float = 0.0) -> str:
+    """One row a dot under its group's name, on a common axis from 0 to `end` or, if that is further, the highest figure."""
+    highest = max(end, *(max(dot.value, dot.high) for _, group in groups for dot in group)) or 1.0
     parts, y = [_text(8, 20, title, weight="bold")], _TOP
 
     def x(value: float) -> float:

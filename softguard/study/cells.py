@@ -99,11 +99,11 @@ def chosen_rate(arm: Arm, out: Path) -> int:
 
 
 def validation_loss(cell: Cell, out: Path) -> float:
-    """The least validation loss of a trained cell by its own objective; infinite if it is not trained."""
+    """The least validation loss of a trained cell by its own objective; infinite if it is not trained, or has no steps."""
     folder = out / cell.place
     if not is_trained(cell, folder):
         return math.inf
-    return float(read_json(folder / "softguard.json", "adapter")["validation_loss"])
+    return float(read_json(folder / "softguard.json", "adapter").get("validation_loss", math.inf))
 
 
 def is_trained(cell: Cell, folder: Path) -> bool:

@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
         "versions": pa.string(),  # JSON
         # what came of it
         "steps": pa.int64(),
-        "validation_loss": pa.float64(),
+        "validation_loss": pa.float64(),  # none of what has no steps
         "parameters": pa.int64(),  # of the adapter
         "metrics": pa.list_(pa.struct(list(_METRIC.items()))),
         "cost": pa.list_(pa.struct(list(_COST.items()))),
@@ -105,7 +105,7 @@ def _row(cell: Cell, folder: Path, evaluation: str | None) -> dict[str, Any]:
         "learning_rate": distil.learning_rate, "seed": cell.recipe.seed, "chosen": evaluation is not None,
         "recipe": dump_recipe(cell.recipe), "model": adapter["model"], "base_fingerprint": adapter["base"],
         "guard": adapter["guard"], "corpus": adapter["corpus"], "settings": adapter["settings"], "steps": adapter["steps"],
-        "validation_loss": adapter["validation_loss"], "train_seconds": seal["train_seconds"],
+        "validation_loss": adapter.get("validation_loss"), "train_seconds": seal["train_seconds"],
         "log": _log(folder / "log.jsonl"),
     }  # fmt: skip
     if evaluation is None or seal["evaluation"] != evaluation:
