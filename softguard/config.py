@@ -105,7 +105,8 @@ class EvaluateConfig:
     limit: int = 0  # prompts a suite; 0 takes all
     max_new_tokens: int = 40
     batch_size: int = 64
-    judge: str = "bundled"
+    judge: str = "bundled"  # or a guard, named as in system.guard, which then reads prompts and answers
+    other_judges: tuple[str, ...] = ()  # grade the same answers beside it
 
 
 @dataclass(frozen=True)

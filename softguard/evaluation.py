@@ -8,12 +8,12 @@
      "cost": [{"system": str, "metric": str, "value": float, "unit": str}],
      "versions": {package: version, "threads": str, "cpu": str}, "seed": int}
 
-Metrics: safety (share of answers the judge calls safe), refusal (share that are refusals, on the same prompts),
-over_refusal (share of refusals to harmless prompts), token_tv and token_kl (mean over the tokens of answers drawn from the
-base; nats for KL), perplexity_ratio (of those answers, to the base's), accuracy (share of questions whose right answer is the
-likeliest; what the system refuses is wrong), accuracy_change (to the base, paired), gap_closed ((distilled − base) / (system −
-base) safety). Intervals are 95 %, exact for shares, bootstrap over prompts otherwise. `method` is "base", the system's mode,
-or the adapter's objective.
+Metrics: safety (share of answers the judge calls safe; "safety by NAME" of another judge), refusal (share that are refusals,
+on the same prompts), over_refusal (share of refusals to harmless prompts), token_tv and token_kl (mean over the tokens of
+answers drawn from the base; nats for KL), perplexity_ratio (of those answers, to the base's), accuracy (share of questions
+whose right answer is the likeliest; what the system refuses is wrong), accuracy_change (to the base, paired), gap_closed
+((distilled − base) / (system − base) safety). Intervals are 95 %, exact for shares, bootstrap over prompts otherwise. `method`
+is "base", the system's mode, or the adapter's objective.
 
 Answers are kept in `answers/`, one file a system and suite, and are not made again by a later run with the same settings.
 `outcomes.json` holds the figure of every single prompt behind a row, for paired tests between runs on the same prompts.
@@ -37,7 +37,7 @@ from softguard.divergences import token_kl, token_tv
 from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
 from softguard.files import read_json, write_json
-from softguard.judges import Judge, is_refusal
+from softguard.judges import GuardJudge, Judge, is_refusal, load_judge
 from softguard.kernels import per_token_between
 from softguard.models import BaseModel
 from softguard.packed import packed_hidden
@@ -114,7 +114,7 @@ def evaluate(
     base: BaseModel,
     system: SafeSystem,
     adapter: Adapter | None = None,
-    judge: Judge | None = None,
+    judge: Judge | GuardJudge | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Results:
     """Measure base and safe system, and base + adapter if one is given, and write `out/results.json`.
@@ -123,7 +123,8 @@ def evaluate(
     suite, a failing guard or a full disk; answers finished so far are kept.
     """
     suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
-    judge = judge or Judge()
+    judge = judge or load_judge(recipe.evaluate.judge)
+    others = [load_judge(spec) for spec in recipe.evaluate.other_judges]
     run = _Run(recipe, out, base, system, adapter, progress)
     rows: list[Row] = []
     answers: dict[System, dict[str, list[str]]] = {name: {} for name in run.systems}
@@ -140,7 +141,7 @@ def evaluate(
                 answers[name][suite.name] = system.answer(suite.prompts, base_texts, recipe.seed)
             else:
                 answers[name][suite.name] = base_texts if name == "base" else run.answers(name, suite)
-        rows += run.graded(suite, {name: texts[suite.name] for name, texts in answers.items()}, judge)
+        rows += run.graded(suite, {name: texts[suite.name] for name, texts in answers.items()}, judge, others)
     cost = measure_cost(base, run.engines["base"], system, adapter, run.engines.get("distilled"))
     results = Results(
         base.name,
@@ -256,7 +257,13 @@ class _Run:
                 rows.append(self._mean_row(name, suite, "accuracy_change", change))
         return rows
 
-    def graded(self, suite: Suite, answers: dict[System, list[str]], judge: Judge) -> list[Row]:
+    def graded(
+        self,
+        suite: Suite,
+        answers: dict[System, list[str]],
+        judge: Judge | GuardJudge,
+        others: Sequence[Judge | GuardJudge] = (),
+    ) -> list[Row]:
         """Figures of every system on one suite of answers."""
         rows = []
         refused = {name: [is_refusal(text) for text in texts] for name, texts in answers.items()}
@@ -266,6 +273,9 @@ class _Run:
         for name in answers:
             rows.append(self._share_row(name, suite, "safety", safe[name]))
             rows.append(self._share_row(name, suite, "refusal", refused[name]))
+            for other in others:
+                hits = other.safe(suite.prompts, answers[name]).tolist()
+                rows.append(self._share_row(name, suite, f"safety by {other.name}", hits))
         if "distilled" in safe:
             closed = stats.gap_closed(safe["base"], safe["safe_system"], safe["distilled"], self.recipe.seed)
             if closed is not None:

@@ -147,6 +147,15 @@ def test_the_outcome_of_every_prompt_is_kept(recipe: Recipe, tmp_path: Path, sma
     assert len({o["prompts"] for o in kept}) == 3
 
 
+def test_judges_are_named_in_the_recipe_and_others_grade_beside(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
+    by_word, half = "tests.guards_for_tests:by_word", "tests.guards_for_tests:half"
+    wanted = replace(recipe, evaluate=replace(recipe.evaluate, judge=by_word, other_judges=(half,)))
+    results = evaluate(wanted, tmp_path / "out", small, SafeSystem.from_config(wanted.system))
+    found = {row.metric: row.value for row in results.rows if (row.system, row.suite) == ("base", "asked-harmful")}
+    assert found == {"safety": 0.0, "refusal": 0.0, f"safety by {half}": 1.0}
+    assert results.judge == by_word
+
+
 def test_without_an_adapter_base_and_system_are_measured(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
     results = run(recipe, tmp_path / "out", small)
     assert {row.system for row in results.rows} == {"base", "safe_system"}

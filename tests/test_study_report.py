@@ -72,6 +72,13 @@ def test_a_line_is_the_mean_over_seeds_with_the_outermost_ends() -> None:
     assert (good.n, good.seeds) == (10, 2)
 
 
+def test_another_judge_s_figures_stand_apart() -> None:
+    more = metric("distilled", "eval_harmbench-harmful", "safety by strict", [1.0, 0.0])
+    row = {**ROWS[3], "metrics": [*ROWS[3]["metrics"], more]}
+    found = [line for exhibit in EXHIBITS for line in lines_of(exhibit, with_methods([row])) if line.value == 50]
+    assert [(line.exhibit, line.note) for line in found if line.method == "poor"] == [("judge", "safety by strict")]
+
+
 def test_a_length_is_told_where_a_row_has_several() -> None:
     longer = {**ROWS[0], "n_soft": 8}
     assert [row["method"] for row in with_methods([ROWS[0], longer, ROWS[3]])] == ["good, length 4", "good, length 8", "poor"]
@@ -103,7 +110,8 @@ def test_comparisons_pair_prompts_of_the_first_seed_and_count_all_pairs() -> Non
     found = {(c.measure, c.first, c.second): c for c in comparisons(standings(with_methods(ROWS)))}
     assert len(found) == 3 * 6
     pair = found["safety", "good", "poor"]
-    assert (pair.n, pair.difference) == (10, pytest.approx(0.4))
+    assert pair.n == 10
+    assert pair.difference == pytest.approx(0.4)
     assert pair.p == pytest.approx(2 / 16)  # four prompts differ, all one way
     assert pair.p_holm == pytest.approx(4 * 2 / 16)  # 2/32 of base and good, base and system go before it; 6 pairs
     assert found["accuracy", "good", "poor"].p == 1.0

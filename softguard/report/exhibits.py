@@ -18,12 +18,12 @@ Row = Mapping[str, Any]  # of cells.parquet
 
 
 class Exhibit(NamedTuple):
-    """One figure or table; ours are the rows of `metric` on suites that match `suites`."""
+    """One figure or table; ours are those whose metric and suite match."""
 
     name: str
     title: str
-    metric: str
-    suites: str  # regular expression
+    metric: str  # regular expression, of the whole
+    suites: str  # regular expression, of a part
     unit: str = "%"
 
 
@@ -34,7 +34,7 @@ EXHIBITS = (
     Exhibit("best-rate", "Safe answers by method, each at its own learning rate", "safety", rf"^harmful$|{_HARMBENCH}"),
     Exhibit("trained-kind", "Safe answers to held-out prompts of the kind trained on", "safety", r"^harmful$|beavertails"),
     Exhibit("jailbreak", "Safe answers to jailbreaks", "safety", _WRAPPED),
-    Exhibit("judge", "Safe answers to HarmBench by another judge", "safety", r"$^"),  # one judge a study
+    Exhibit("judge", "Safe answers by another judge", r"safety by .*", rf"^harmful$|{_HARMBENCH}"),
     Exhibit("over-refusal", "Refusals of harmless prompts", "over_refusal", r""),
     Exhibit("mmlu", "MMLU", "accuracy", r"mmlu"),
     Exhibit("reasoning", "GSM8K and IFEval", "accuracy", r"gsm8k|ifeval"),
@@ -69,15 +69,13 @@ def lines_of(exhibit: Exhibit, rows: Sequence[Row]) -> list[Line]:
             lines += _compute(exhibit, group)
             continue
         for system in (*SYSTEMS, "distilled"):
-            suites = dict.fromkeys(
-                m["suite"] for m in group[0]["metrics"] if (m["system"], m["metric"]) == (system, exhibit.metric)
-            )
-            for suite in suites:
-                if re.search(exhibit.suites, suite.lower()):
-                    lines.append(_line(exhibit, group, system, suite))
-    first: dict[tuple[str, str, str], Line] = {}  # of base and system, which every row of the table repeats
+            own = [m for m in group[0]["metrics"] if m["system"] == system and re.search(exhibit.suites, m["suite"].lower())]
+            for m in own:
+                if re.fullmatch(exhibit.metric, m["metric"]):
+                    lines.append(_line(exhibit, group, system, m["suite"], m["metric"]))
+    first: dict[tuple[str, ...], Line] = {}  # of base and system, which every row of the table repeats
     for line in lines:
-        first.setdefault((line.base, line.suite, line.method), line)
+        first.setdefault((line.base, line.suite, line.method, line.note), line)
     order = {method: place for place, method in enumerate(SYSTEMS.values())}
     ours = sorted(first.values(), key=lambda line: (line.base, line.suite, order.get(line.method, len(order))))
     return ours + [line for line in published() if line.exhibit == exhibit.name]
@@ -120,16 +118,17 @@ def metric_of(row: Row, system: str, suite: str, metric: str) -> Mapping[str, An
     return found
 
 
-def _line(exhibit: Exhibit, group: Sequence[Row], system: str, suite: str) -> Line:
+def _line(exhibit: Exhibit, group: Sequence[Row], system: str, suite: str, metric: str) -> Line:
     """A mean over seeds, with the outermost ends of their intervals."""
     kept = group if system == "distilled" else group[:1]  # base and system do not depend on the seed
-    found = [m for row in kept if (m := metric_of(row, system, suite, exhibit.metric)) is not None]
+    found = [m for row in kept if (m := metric_of(row, system, suite, metric)) is not None]
     values = [100 * m["value"] for m in found]
     low, high = 100 * min(m["low"] for m in found), 100 * max(m["high"] for m in found)
     method = SYSTEMS.get(system) or group[0]["method"]
     ends = (low, high, min(values), max(values))
     return Line(
-        exhibit.name, "ours", group[0]["base"], method, suite, float(np.mean(values)), *ends, found[0]["n"], len(found)
+        exhibit.name, "ours", group[0]["base"], method, suite, float(np.mean(values)), *ends, found[0]["n"], len(found),
+        "" if metric == exhibit.metric else metric,
     )  # fmt: skip
 
 

@@ -142,7 +142,12 @@ def _exhibit(exhibit: Exhibit, lines: Sequence[Line], folder: Path) -> _Made:
     if not any(line.source == "ours" for line in lines):
         text = ["Not measured by this study.", "", *text]
     name = f"{exhibit.name}.svg"
-    write_text(folder / name, dots(f"{exhibit.title} ({exhibit.unit})", list(groups.items()), 100 * (exhibit.metric in _WORDS)))
+    write_text(
+        folder / name,
+        dots(
+            f"{exhibit.title} ({exhibit.unit})", list(groups.items()), 100 * (exhibit.unit == "%" and exhibit.name != "drift")
+        ),
+    )
     return _Made(exhibit.title, name, text)
 
 
