@@ -16,15 +16,16 @@ from typing import Any
 import torch
 
 from benchmarks.record import arguments, keep, machine
-from softguard.adapters import Adapter, initial_vectors
+from softguard.adapters import VECTORS, Adapter
 from softguard.chat import Chat, Turn
 from softguard.config import DEFAULT_INSTRUCTION, SystemConfig
 from softguard.engine import Engine
+from softguard.initial import initial_vectors
 from softguard.models import BaseModel, load_base
 from softguard.system import SafeSystem
 
 PROMPT = "Explain in a few sentences why the sky is blue during the day and red in the evening."
-VECTORS, TOKENS, GUARD_TOKENS = 100, 32, 256
+N_SOFT, TOKENS, GUARD_TOKENS = 100, 32, 256
 
 Timed = tuple[float, float, int]  # seconds to the first token, seconds in all, tokens
 
@@ -54,16 +55,16 @@ def main() -> None:
                 "rounds": options.rounds,
             }
         )
-    own = next(r for r in rows if r["side"] == f"softguard, {VECTORS} vectors")
+    own = next(r for r in rows if r["side"] == f"softguard, {N_SOFT} vectors")
     for row in rows:
         row["first_token_over_softguard"] = round(row["first_token_ms_median"] / own["first_token_ms_median"], 2)
-    keep("latency", rows, before, vectors=VECTORS, tokens=TOKENS, guard_tokens=GUARD_TOKENS)
+    keep("latency", rows, before, vectors=N_SOFT, tokens=TOKENS, guard_tokens=GUARD_TOKENS)
 
 
 def _sides(base: BaseModel) -> dict[str, Callable[[], Timed]]:
     chat = Chat(base.tokenizer, "start", base.stop_ids)
-    vectors = initial_vectors(base, "soft_prompt", DEFAULT_INSTRUCTION, VECTORS)
-    alone, soft = Engine(base), Engine(base, Adapter("soft_prompt", vectors, "start", {}))
+    vectors = initial_vectors(base, "soft_prompt", DEFAULT_INSTRUCTION, N_SOFT)
+    alone, soft = Engine(base), Engine(base, Adapter("soft_prompt", {VECTORS: vectors}, "start", {}))
     guard = SafeSystem.from_config(SystemConfig())
     ids = torch.tensor([[*chat.prefix.before, *chat.prefix.after, *chat.encode(PROMPT)]])
     policy = " ".join([DEFAULT_INSTRUCTION] * 20)
@@ -100,12 +101,12 @@ def _sides(base: BaseModel) -> dict[str, Callable[[], Timed]]:
 
     policy_ids = torch.tensor([chat.plain_ids(policy)[:GUARD_TOKENS]])
     assert policy_ids.shape[1] == GUARD_TOKENS
-    instruction = chat.decode(chat.plain_ids(policy)[:VECTORS])
+    instruction = chat.decode(chat.plain_ids(policy)[:N_SOFT])
     return {
         "base alone": lambda: stream(alone, Turn("user", PROMPT)),
-        f"softguard, {VECTORS} vectors": lambda: stream(soft, Turn("user", PROMPT)),
+        f"softguard, {N_SOFT} vectors": lambda: stream(soft, Turn("user", PROMPT)),
         "peft generate": _peft(vectors, ids, base),
-        f"text instruction of {VECTORS} tokens": lambda: stream(alone, Turn("user", instruction + PROMPT)),
+        f"text instruction of {N_SOFT} tokens": lambda: stream(alone, Turn("user", instruction + PROMPT)),
         "system, bundled prompt guard": after_prompt_guard,
         "system, bundled response guard": after_response_guard,
         "system, prompt guard of the base's size": after_large_guard,
@@ -117,7 +118,7 @@ def _peft(vectors: torch.Tensor, ids: torch.Tensor, base: BaseModel) -> Callable
     from transformers.generation.streamers import BaseStreamer
 
     own = load_base(dtype="auto")  # PEFT wraps the model it is given
-    model = get_peft_model(own.model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VECTORS))
+    model = get_peft_model(own.model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N_SOFT))
     model.prompt_encoder["default"].embedding.weight.data.copy_(vectors)
 
     class Clock(BaseStreamer):  # type: ignore[misc]

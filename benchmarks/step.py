@@ -23,7 +23,6 @@ from softguard.config import load_recipe
 from softguard.corpus import Corpus, Draw, Example
 from softguard.distill import _Trainer
 from softguard.models import BaseModel, load_base
-from softguard.packed import packed_hidden
 
 N_SOFT = 32
 _PRODUCTS = [
@@ -87,13 +86,13 @@ def our_trainer(base: BaseModel, shape: Shape, keep_hidden: bool) -> _Trainer:
         ["distil.adapter=soft_prompt", "distil.objective=kl", f"distil.n_soft={N_SOFT}", f"distil.batch_size={shape.batch}"],
     )
     trainer = _Trainer(recipe, cast(Corpus, _Answers([])), Path("unused"), base)
-    prompt = next(t for n in range(shape.prompt) if len(trainer.chat.encode(t := " ".join(["the"] * n))) == shape.prompt)
+    chat = trainer.passes.chat
+    prompt = next(t for n in range(shape.prompt) if len(chat.encode(t := " ".join(["the"] * n))) == shape.prompt)
     answers = random_ids(shape.batch, shape.response)
     states: list[Tensor | None] = [None] * shape.batch
     if keep_hidden:
-        rows = [trainer.chat.encode(prompt) + ids[:-1] for ids in answers]
-        with torch.no_grad():
-            states = list(packed_hidden(base, trainer.teacher_prefix, rows, [shape.response] * shape.batch))
+        rows = [chat.encode(prompt) + ids[:-1] for ids in answers]
+        states = list(trainer.passes.teacher(rows, [shape.response] * shape.batch))
     examples = [Example(prompt, "", 0.0, (Draw(tuple(ids), 1.0, 1.0, h),)) for ids, h in zip(answers, states, strict=True)]
     trainer.corpus = cast(Corpus, _Answers(examples))
     return trainer

@@ -1,20 +1,26 @@
-"""Adapters: a few trained vectors, what they start from, and how they are saved.
+"""Adapters: what is trained beside a frozen model, and how it is saved.
 
     soft_prompt   embeddings in the template's slot, run through the model once and kept as keys and values
     kv_prefix     the keys and values themselves, of every layer, before everything (prefix tuning, Li and Liang, 2021)
+    lora          low-rank differences on linear layers (Hu et al., 2021), as PEFT has them
+    steering      one vector, added to one layer's output at every token
+    text          a system prompt in words: nothing is trained
 
-On disk an adapter is PEFT's layout (`adapter_config.json`, `adapter_model.safetensors`) and our `softguard.json`, which says
-what PEFT cannot: the slot, and the fingerprints of base, guard and corpus. A soft prompt in another slot than the start gets
-no `adapter_config.json`, because PEFT would put it in the wrong place. Vectors are stored in float16, which is finer than the
-bfloat16 they mostly run in.
+`prefix` and `adapted` put them to work. On disk an adapter is PEFT's layout (`adapter_config.json`,
+`adapter_model.safetensors`), for a steering vector llama.cpp's (`control_vector.gguf`) beside the safetensors, and our
+`softguard.json`, which says what these cannot: the slot, and the fingerprints of base, guard and corpus. A soft prompt in
+another slot than the start gets no `adapter_config.json`, because PEFT would put it in the wrong place. Numbers are stored in
+float16, which is finer than the bfloat16 they mostly run in.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from softguard.chat import Slot
@@ -23,32 +29,55 @@ from softguard.files import read_json, write_file, write_json
 from softguard.models import BaseModel
 
 VERSION = 2
-Kind = Literal["soft_prompt", "kv_prefix"]
-_KEY = "prompt_embeddings"  # PEFT's name for the vectors of both kinds
+VECTORS = "prompt_embeddings"  # PEFT's name for the vectors of soft prompts and prefixes
+DIRECTION = "direction."  # llama.cpp's for a steering vector; the layer's number follows
+Kind = Literal["soft_prompt", "kv_prefix", "lora", "steering", "text"]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """n_soft vectors for one base model.
+    """What was trained for one base model, or is being trained.
 
-    vectors: (n_soft, hidden) for a soft prompt; (n_soft, layers · 2 · key heads · head width) for a key/value prefix, keys
-    before values, keys turned to the positions 0 … n_soft − 1.
+    tensors, float32, by their names on disk:
+    soft_prompt: VECTORS (n_soft, hidden). kv_prefix: VECTORS (n_soft, layers · 2 · key heads · head width), keys before
+    values, keys turned to the positions 0 … n_soft − 1. lora: PEFT's, …lora_A.weight (rank, in) and …lora_B.weight (out, rank).
+    steering: direction.N (hidden,), for the output of layer N counted from 0. text: none.
     """
 
     kind: Kind
-    vectors: Tensor  # float32
+    tensors: Mapping[str, Tensor]
     slot: Slot
     facts: dict[str, Any]  # what softguard.json says of the base, the system, the corpus and the training
+    text: str = ""  # of kind text
 
     @property
-    def n_soft(self) -> int:
-        """Number of vectors, hence of positions they take."""
-        return len(self.vectors)
+    def vectors(self) -> Tensor:
+        """Of a soft prompt or key/value prefix, (n_soft, …)."""
+        return self.tensors[VECTORS]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
 
     @property
     def bytes(self) -> int:
         """Size as stored."""
-        return 2 * self.vectors.numel()
+        return 2 * self.parameters + len(self.text.encode())
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of what it does to the model: 16 hex digits."""
+        digest = hashlib.sha256(f"{self.kind} {self.slot} {self.text}".encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def description(self) -> str:
+        """Kind and size in a few words."""
+        what = f"{len(self.vectors)} vectors, " if VECTORS in self.tensors else ""
+        return f"{self.kind} of {what}{self.parameters:,} numbers, {self.bytes:,} bytes"
 
     def save(self, folder: Path, base: BaseModel) -> None:
         """Write the adapter; `softguard.json`, which seals the rest, comes last.
@@ -57,45 +86,31 @@ class Adapter:
         """
         from safetensors.torch import save
 
-        stored = self.vectors.detach().cpu().half().contiguous()
-        if not stored.isfinite().all():
+        stored = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.tensors.items()}
+        if not all(tensor.isfinite().all() for tensor in stored.values()):
             raise SoftguardError("the adapter has values that float16 cannot hold; lower distil.learning_rate")
-        blob = save({_KEY: stored})
+        blob = save(stored)
         write_file(folder / "adapter_model.safetensors", lambda beside: beside.write_bytes(blob))
-        if self.slot == "start":
-            fields = {k: getattr(v, "value", v) for k, v in self._peft_config(base).to_dict().items() if v is not None}
-            write_json(folder / "adapter_config.json", fields)
+        if self.kind == "steering":
+            write_file(folder / "control_vector.gguf", partial(_write_control_vector, stored, base))
+        elif self.slot == "start" and self.kind != "text":
+            fields = {k: getattr(v, "value", v) for k, v in peft_config(self, base).to_dict().items() if v is not None}
+            listed = {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
+            write_json(folder / "adapter_config.json", listed)
         write_json(
             folder / "softguard.json",
             {
                 "version": VERSION,
                 "adapter": self.kind,
                 "slot": self.slot,
-                "n_soft": self.n_soft,
+                **({"n_soft": len(self.vectors)} if VECTORS in self.tensors else {}),
+                **({"text": self.text} if self.kind == "text" else {}),
                 "weights_sha256": hashlib.sha256(blob).hexdigest(),
                 "model": base.name,
                 "base": base.fingerprint,
                 **self.facts,
             },
         )
-
-    def _peft_config(self, base: BaseModel) -> Any:
-        from peft import PrefixTuningConfig, PromptTuningConfig
-
-        heads, width = base.key_heads
-        common = {
-            "task_type": "CAUSAL_LM",
-            "num_virtual_tokens": self.n_soft,
-            "num_layers": base.model.config.num_hidden_layers,
-            "num_transformer_submodules": 1,
-            "base_model_name_or_path": base.name,
-            "inference_mode": True,
-        }
-        if self.kind == "soft_prompt":
-            return PromptTuningConfig(
-                **common, token_dim=base.hidden, num_attention_heads=base.model.config.num_attention_heads
-            )
-        return PrefixTuningConfig(**common, token_dim=heads * width, num_attention_heads=heads, encoder_hidden_size=base.hidden)
 
     @classmethod
     def load(cls, folder: Path, base: BaseModel) -> "Adapter":
@@ -123,30 +138,42 @@ class Adapter:
             raise SoftguardError(
                 f"adapter {folder} is damaged: its weights are not those softguard.json was written for; distil again"
             )
-        known = ("version", "adapter", "slot", "n_soft", "weights_sha256", "model", "base")
-        vectors: Tensor = load(blob)[_KEY].float()
+        known = ("version", "adapter", "slot", "text", "n_soft", "weights_sha256", "model", "base")
+        tensors = {name: tensor.float().to(base.device) for name, tensor in load(blob).items()}
         rest = {k: v for k, v in facts.items() if k not in known}
-        return cls(facts["adapter"], vectors.to(base.device), facts["slot"], rest)
+        return cls(facts["adapter"], tensors, facts["slot"], rest, facts.get("text", ""))
 
 
-@torch.no_grad()
-def initial_vectors(base: BaseModel, kind: Kind, text: str, n_soft: int) -> Tensor:
-    """What training starts from: `text` as the model reads it. Shape as in `Adapter`, float32.
+def peft_config(adapter: Adapter, base: BaseModel) -> Any:
+    """What PEFT calls a soft prompt, a key/value prefix or a LoRA."""
+    from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
-    A soft prompt gets its embeddings, repeated if there are fewer than n_soft, averaged over neighbours if there are more. A
-    key/value prefix gets the keys and values the model makes of its first n_soft tokens, repeated likewise. Text, never noise:
-    rows off the embedding manifold cost safety before training begins (METHOD §3.2).
-    Raises SoftguardError if the text has no tokens.
-    """
-    ids = base.tokenizer.encode(text, add_special_tokens=False)
-    if not ids:
-        raise SoftguardError("distil.init_text is empty; give the text the adapter starts from")
-    if kind == "kv_prefix":
-        ids = (ids * -(-n_soft // len(ids)))[:n_soft]
-        cache = base.model(torch.tensor([ids], device=base.device), use_cache=True).past_key_values
-        pairs = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
-        return pairs.permute(3, 0, 1, 2, 4).flatten(1).float()  # from (layers, 2, key heads, n_soft, width)
-    rows: Tensor = base.model.get_input_embeddings()(torch.tensor(ids, device=base.device)).float()  # (tokens, hidden)
-    if len(rows) <= n_soft:
-        return rows[torch.arange(n_soft, device=base.device) % len(rows)].clone()
-    return torch.stack([part.mean(0) for part in rows.tensor_split(n_soft)])
+    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base.name, "inference_mode": True}
+    if adapter.kind == "lora":
+        modules = {name.split(".")[-3]: tensor.shape[0] for name, tensor in adapter.tensors.items() if ".lora_A." in name}
+        rank = next(iter(modules.values()))
+        return LoraConfig(**common, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=sorted(modules))
+    heads, width = base.key_heads
+    common |= {
+        "num_virtual_tokens": len(adapter.vectors),
+        "num_layers": base.model.config.num_hidden_layers,
+        "num_transformer_submodules": 1,
+    }
+    if adapter.kind == "soft_prompt":
+        return PromptTuningConfig(**common, token_dim=base.hidden, num_attention_heads=base.model.config.num_attention_heads)
+    return PrefixTuningConfig(**common, token_dim=heads * width, num_attention_heads=heads, encoder_hidden_size=base.hidden)
+
+
+def _write_control_vector(stored: Mapping[str, Tensor], base: BaseModel, path: Path) -> None:
+    """llama.cpp's control vector: one float32 tensor a layer."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", base.model.config.model_type)
+    writer.add_uint32("controlvector.layer_count", len(stored))
+    for name, tensor in stored.items():
+        writer.add_tensor(name, tensor.float().numpy().astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

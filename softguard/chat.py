@@ -63,7 +63,7 @@ class Chat:
         self._control = re.compile("|".join(map(re.escape, longest_first))) if control else None
 
         opening, closing = self._fixed([Turn("user", "")], answer=False)
-        system_header = self._system_header() if slot == "system" else ""
+        system_header = self._around_system()[0] if slot == "system" else ""
         if not opening.startswith(system_header):
             raise SoftguardError("the chat template has no fixed system message; use slot: start")
         self.prefix = Prefix(self._template_ids(system_header), self._template_ids(opening[len(system_header) :]))
@@ -120,15 +120,22 @@ class Chat:
             pieces.append(before)
         return [*pieces, text]
 
-    def _system_header(self) -> str:
-        mark = "\ue000s\ue001"
+    def with_system(self, text: str) -> list[int]:
+        """Ids of the constant prefix with `text` as the system message. Raises SoftguardError if the template takes none."""
+        before, after = self._around_system()
+        return [*self._template_ids(before), *self.plain_ids(text), *self._template_ids(after)]
+
+    def _around_system(self) -> tuple[str, str]:
+        """The template's text before a system message, and from there to the first user text."""
+        system, user = "\ue000s\ue001", "\ue000u\ue001"
         try:
-            text = self._render([{"role": "system", "content": mark}, {"role": "user", "content": "x"}], True)
+            text = self._render([{"role": "system", "content": system}, {"role": "user", "content": user}], True)
         except Exception:  # templates refuse a role by raising whatever jinja gives them
             text = ""
-        if mark not in text:
+        if system not in text or user not in text:
             raise SoftguardError("the chat template takes no system message; use slot: start")
-        return text.partition(mark)[0]
+        before, _, rest = text.partition(system)
+        return before, rest.partition(user)[0]
 
     def _render(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))

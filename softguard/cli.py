@@ -137,7 +137,7 @@ def _base(recipe: "Recipe") -> "BaseModel":
     if recipe.model.threads:
         torch.set_num_threads(recipe.model.threads)
     print(f"loading {recipe.model.name} …", file=sys.stderr)
-    return load_base(recipe.model.name, recipe.model.dtype, recipe.model.device)
+    return load_base(recipe.model.name, recipe.model.dtype, recipe.model.device, recipe.model.quantize)
 
 
 def _system(recipe: "Recipe") -> "SafeSystem":
@@ -176,7 +176,7 @@ def _distil(options: argparse.Namespace) -> None:
         return
     with Steps(recipe.distil.steps) as steps:
         adapter = distil(recipe, corpus, options.out, base, steps)
-    print(f"{adapter.kind} of {adapter.n_soft} vectors, {adapter.bytes:,} bytes, in {options.out}")
+    print(f"{adapter.description}, in {options.out}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

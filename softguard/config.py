@@ -31,6 +31,7 @@ class ModelConfig:
 
     name: str = "smollm2"  # hub id, folder with safetensors, .gguf file, or "smollm2", the installed demo model
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # auto: bfloat16 where the hardware multiplies it faster
+    quantize: Literal["none", "int8", "int4"] = "none"  # what the decoder's linear weights are rounded to, if not already
     device: str = "auto"
     threads: int = 0  # CPU threads; 0 leaves PyTorch's own choice
 
@@ -66,16 +67,19 @@ class TeachConfig:
 class DistilConfig:
     """Training the adapter."""
 
-    adapter: Literal["soft_prompt", "kv_prefix"] = "kv_prefix"  # vectors in the slot, or keys and values before everything
+    adapter: Literal["kv_prefix", "soft_prompt", "lora", "steering", "text"] = "kv_prefix"  # see `adapters`
     objective: str = "tv"
     length: Literal["sum", "mean"] = "sum"  # log-probabilities summed (calibrated) or averaged over tokens
     slot: Literal["start", "system"] = "start"
     n_soft: int = 24
-    init_text: str = DEFAULT_INSTRUCTION
-    steps: int = 800
+    init_text: str = DEFAULT_INSTRUCTION  # what a prompt or prefix starts from, and the whole of a text
+    budget: int = 57_600  # numbers a lora may train; its rank and targets come as near as they can
+    depth: float = 0.5  # of the layer a steering vector is added to, as a share of all layers
+    steps: int = 800  # 0: the adapter as it starts, as a text always is
     batch_size: int = 8  # prompts a step
     accumulate: int = 1  # micro-batches a step is cut into, by length of the prompts
     learning_rate: float = 2e-2  # a soft prompt takes some 2.5e-3
+    beta: float = 0.1  # of dpo and ppo: what straying from the base costs
     warmup: int = 20  # steps
     clip: float = 1.0  # gradient norm
     safe_weight: float | None = None  # of the safe branch; none: the objective's own, see `weights`
@@ -141,7 +145,7 @@ class Recipe:
         """Raises SoftguardError for values no stage could run with."""
         d, t = self.distil, self.teach
         positive = {
-            "distil.n_soft": d.n_soft, "distil.steps": d.steps, "distil.batch_size": d.batch_size,
+            "distil.n_soft": d.n_soft, "distil.batch_size": d.batch_size, "distil.budget": d.budget, "distil.beta": d.beta,
             "distil.accumulate": d.accumulate, "distil.learning_rate": d.learning_rate, "distil.clip": d.clip,
             "distil.validate_every": d.validate_every, "distil.validation_prompts": d.validation_prompts,
             "distil.patience": d.patience, "distil.checkpoint_every": d.checkpoint_every,
@@ -157,7 +161,7 @@ class Recipe:
                 raise SoftguardError(f"{key} is {value}; it must be greater than 0 and finite")
         not_negative: dict[str, float | None] = {
             "teach.temperature": t.temperature, "teach.limit": t.limit, "evaluate.limit": self.evaluate.limit,
-            "distil.drift_weight": d.drift_weight, "distil.warmup": d.warmup,
+            "distil.drift_weight": d.drift_weight, "distil.warmup": d.warmup, "distil.steps": d.steps,
             "distil.safe_weight": d.safe_weight, "distil.refusal_weight": d.refusal_weight,
             "model.threads": self.model.threads, "seed": self.seed, "teach.validation_limit": t.validation_limit,
             "guard.weight_decay": self.guard.weight_decay,
@@ -169,14 +173,14 @@ class Recipe:
             raise SoftguardError(f"distil.accumulate is {d.accumulate}; it must not exceed distil.batch_size {d.batch_size}")
         shares = {
             "system.threshold": self.system.threshold, "guard.cut_share": self.guard.cut_share,
-            "guard.flagged_benign": self.guard.flagged_benign,
+            "guard.flagged_benign": self.guard.flagged_benign, "distil.depth": d.depth,
         }  # fmt: skip
         for key, share in shares.items():
             if share is not None and not 0 <= share <= 1:
                 raise SoftguardError(f"{key} is {share}; it must lie in [0, 1]")
-        if d.adapter == "kv_prefix" and d.slot != "start":
-            raise SoftguardError(f"distil.slot is {d.slot}; a kv_prefix stands before everything, leave it start")
-        if d.objective.endswith("-paper") and d.drift_weight not in (None, 1):
+        if d.adapter != "soft_prompt" and d.slot != "start":
+            raise SoftguardError(f"distil.slot is {d.slot}; only a soft_prompt has a choice, leave it start for a {d.adapter}")
+        if d.objective not in ("tv", "jsd", "kl") and d.drift_weight not in (None, 1):
             raise SoftguardError(
                 f"distil.drift_weight is {d.drift_weight}; objective {d.objective} has no such weight, leave it out"
             )

@@ -55,7 +55,7 @@ def measure_cost(
     engines = {"base": base_engine}
     if adapter is not None and distilled_engine is not None:
         engines["distilled"] = distilled_engine
-        extra = adapter.vectors.numel()
+        extra = adapter.parameters
         costs.append(Cost("distilled", "parameters", model + extra, "count"))
         costs.append(Cost("distilled", "weights in memory", weights + adapter.bytes, "bytes"))
         costs.append(Cost("distilled", "adapter", adapter.bytes, "bytes"))

@@ -1,6 +1,6 @@
 """The one training loop: corpus in, adapter out.
 
-The constant prefix is run once for all rows of a pass (`packed`), not once a row. Batches are a function of (seed, step)
+Batches are a function of (seed, step)
 alone and checkpoints hold the optimiser's whole state, so that a killed run goes on and ends with the weights of an
 undisturbed one.
 """
@@ -9,6 +9,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,21 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softguard.adapters import Adapter, initial_vectors
-from softguard.chat import Chat
+from softguard.adapters import Adapter
 from softguard.config import Recipe, fingerprint
 from softguard.corpus import Corpus, Example
-from softguard.divergences import selected, token_tv
 from softguard.errors import SoftguardError
 from softguard.files import read_json, write_file, write_json, write_text
-from softguard.kernels import log_law, per_token
+from softguard.guards import Guard, load_guard
+from softguard.initial import initial_adapter
 from softguard.models import BaseModel
-from softguard.objectives import Batch, divergences, find_objective
-from softguard.packed import packed_hidden
-from softguard.prefix import constant_prefix
+from softguard.objectives import PAIRED, Batch, find_objective
+from softguard.passes import Passes, Probe, probe
+from softguard.policy import POLICY, Rollouts, draw, losses
 from softguard.prompts import thin
 
-_NO_WEIGHT = 1e-3  # branches the system takes less often than this are left out
+_CONTRAST = 64  # prompts of each sort whose difference a steering vector starts from
+_VALUE_RATE = 1e-3  # learning rate of ppo's value head
 
 
 class Step(NamedTuple):
@@ -47,15 +48,27 @@ class Step(NamedTuple):
 
 
 def distil(
-    recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel, progress: Callable[[Step], None] = lambda step: None
+    recipe: Recipe,
+    corpus: Corpus,
+    out: Path,
+    base: BaseModel,
+    progress: Callable[[Step], None] = lambda step: None,
+    guard: Guard | None = None,
 ) -> Adapter:
     """Train the adapter a recipe describes and save it under `out`; resumes from `out/checkpoint` where one is.
 
-    Every line of `out/log.jsonl` is also given to `progress`. Raises SoftguardError if the corpus is another model's, `out`
-    holds another recipe's run, or the loss is no longer finite.
+    Every line of `out/log.jsonl` is also given to `progress`. `guard`: instead of the recipe's, for objectives that ask it
+    while they train. Under `accelerate launch` every process takes a share of each batch. A text, and with distil.steps 0 any
+    adapter, is saved as it starts.
+    Raises SoftguardError if the corpus is another model's, `out` holds another recipe's run, the guard fails, or the loss is no
+    longer finite.
     """
-    trainer = _Trainer(recipe, Corpus.open(corpus.folder, base), out, base)
-    return trainer.run(progress)
+    corpus = Corpus.open(corpus.folder, base)
+    if recipe.distil.steps and recipe.distil.adapter != "text":
+        return _Trainer(recipe, corpus, out, base, guard).run(progress)
+    facts = {**_facts(recipe, corpus, base), "objective": "untrained", "steps": 0}
+    replace(_start(recipe, corpus, base), facts=facts).save(out, base)
+    return Adapter.load(out, base)
 
 
 def time_step(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> float:
@@ -68,29 +81,69 @@ def time_step(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> flo
     return time.perf_counter() - begin
 
 
+def _start(recipe: Recipe, corpus: Corpus, base: BaseModel) -> Adapter:
+    """The adapter before its first step."""
+    refused: list[str] = []
+    kept: list[str] = []
+    if recipe.distil.adapter == "steering":
+        rates = corpus.refusal_rates("train")
+        chosen = [thin(np.flatnonzero(group).tolist(), _CONTRAST) for group in (rates > 0.5, rates <= 0.5)]
+        refused, kept = ([e.prompt for e in corpus.examples("train", indices)] for indices in chosen)
+    return initial_adapter(base, recipe.distil, refused, kept, recipe.seed)
+
+
+def _settings(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
+    return fingerprint(base.fingerprint, corpus.fingerprint, recipe.distil, recipe.system, recipe.seed, recipe.model.dtype)
+
+
+def _facts(recipe: Recipe, corpus: Corpus, base: BaseModel) -> dict[str, Any]:
+    return {
+        "objective": recipe.distil.objective,
+        "length": recipe.distil.length,
+        "refusal": recipe.system.refusal,
+        "guard": corpus.manifest["guard"],
+        "corpus": corpus.fingerprint,
+        "settings": _settings(recipe, corpus, base),
+        "seed": recipe.seed,
+    }
+
+
 class _Trainer:
-    def __init__(self, recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> None:
+    def __init__(self, recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel, guard: Guard | None = None) -> None:
         from accelerate import Accelerator
         from transformers import get_cosine_schedule_with_warmup
 
         self.recipe, self.config, self.corpus, self.out, self.base = recipe, recipe.distil, corpus, out, base
-        self.objective = find_objective(self.config.objective)
+        self.policy = self.config.objective in POLICY
+        if not self.policy:
+            self.objective = find_objective(self.config.objective, POLICY)
         self.safe_weight, self.drift_weight = self.config.weights
-        self.chat = Chat(base.tokenizer, self.config.slot, base.stop_ids)
-        self.refusal = self.chat.encode_response(recipe.system.refusal)
         self.accelerator = Accelerator(cpu=base.device.type == "cpu")
-        self.vectors = torch.nn.Parameter(initial_vectors(base, self.config.adapter, self.config.init_text, self.config.n_soft))
-        optimiser = torch.optim.Adam([self.vectors], lr=self.config.learning_rate, betas=(0.9, 0.98), eps=1e-7)
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        if self.policy and self.processes > 1:
+            raise SoftguardError(f"objective {self.config.objective} draws its own answers; run it in one process")
+        if self.policy:
+            self.guard = guard or load_guard(recipe.system.guard)
+        start = _start(recipe, corpus, base)
+        self.student = replace(start, tensors={k: torch.nn.Parameter(v) for k, v in start.tensors.items()})
+        self.passes = Passes(base, self.student, recipe.system.refusal)
+        self.value_head = torch.nn.Parameter(torch.zeros(base.hidden + 1, device=base.device))
+        groups: list[dict[str, Any]] = [{"params": list(self.student.tensors.values())}]
+        if self.config.objective == "ppo":
+            groups.append({"params": [self.value_head], "lr": _VALUE_RATE})
+        optimiser = torch.optim.Adam(groups, lr=self.config.learning_rate, betas=(0.9, 0.98), eps=1e-7)
         schedule = get_cosine_schedule_with_warmup(optimiser, self.config.warmup, self.config.steps)
         self.optimiser, self.schedule = self.accelerator.prepare(optimiser, schedule)
-        self.teacher_prefix = constant_prefix(base, self.chat, None)
-        self.student = Adapter(self.config.adapter, self.vectors, self.config.slot, {})
-        self.best = self.vectors.detach().clone()
+        self.best = self._now()
         self.best_loss, self.since_best, self.step = float("inf"), 0, 0
-        self.settings = fingerprint(
-            base.fingerprint, corpus.fingerprint, recipe.distil, recipe.system, recipe.seed, recipe.model.dtype
-        )
+        self.settings = _settings(recipe, corpus, base)
         self.log: list[str] = []
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """All that the optimiser moves, in its order."""
+        head = {"value_head": self.value_head} if self.config.objective == "ppo" else {}
+        return {**self.student.tensors, **head}  # type: ignore[dict-item]  # parameters, see __init__
 
     def run(self, progress: Callable[[Step], None]) -> Adapter:
         self._resume()
@@ -109,122 +162,106 @@ class _Trainer:
             for e in entries:
                 self.log.append(json.dumps(e._asdict()))
                 progress(e)
-            if last or len(entries) > 1 or self.step % self.config.checkpoint_every == 0:
+            if self.rank == 0 and (last or len(entries) > 1 or self.step % self.config.checkpoint_every == 0):
                 self._checkpoint()
-        Adapter(self.config.adapter, self.best, self.config.slot, self._facts()).save(self.out, self.base)
+        facts = {**_facts(self.recipe, self.corpus, self.base), "steps": self.step, "validation_loss": self.best_loss}
+        if self.rank == 0:
+            replace(self.student, tensors=self.best, facts=facts).save(self.out, self.base)
+        self.accelerator.wait_for_everyone()
         return Adapter.load(self.out, self.base)  # as stored
 
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "objective": self.config.objective,
-            "length": self.config.length,
-            "refusal": self.recipe.system.refusal,
-            "guard": self.corpus.manifest["guard"],
-            "corpus": self.corpus.fingerprint,
-            "settings": self.settings,
-            "seed": self.recipe.seed,
-            "steps": self.step,
-            "validation_loss": self.best_loss,
-        }
+    def _now(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.student.tensors.items()}
 
     def _train_step(self, indices: list[int], epoch: int) -> Step:
         examples = sorted(self.corpus.examples("train", indices), key=lambda e: len(e.prompt))
-        self.optimiser.zero_grad()
         safe = refusal = 0.0
-        for where in np.array_split(np.arange(len(examples)), min(self.config.accumulate, len(examples))):
-            part = [examples[i] for i in where]  # neighbours in length, so that attention pads little
-            batch, _ = self._batch(part, epoch, len(examples))
-            losses = self.objective(batch, self.config.length)
-            total = self.safe_weight * losses.safe + self.config.refusal_weight * losses.refusal
-            if not torch.isfinite(total):
-                raise SoftguardError(
-                    f"the loss is {total.item()} at step {self.step + 1}; lower distil.learning_rate, it is "
-                    f"{self.config.learning_rate}"
-                )
-            self.accelerator.backward(total)
-            safe, refusal = safe + losses.safe.item(), refusal + losses.refusal.item()
-        self.accelerator.clip_grad_norm_([self.vectors], self.config.clip)
-        self.optimiser.step()
+        if self.policy:
+            rollouts = self._draw(examples, self.step + 1)
+            for loss in losses(self.config.objective, self.passes, rollouts, self.value_head, self.config.beta):
+                self.optimiser.zero_grad()
+                total = loss()
+                self._backward(total)
+                self._move()
+            safe = -float(rollouts.reward.mean())
+        else:
+            self.optimiser.zero_grad()
+            mine = examples[self.rank :: self.processes]
+            for where in np.array_split(np.arange(len(mine)), min(self.config.accumulate, len(mine)) or 1):
+                if not len(where):
+                    continue
+                part = [mine[i] for i in where]  # neighbours in length, so that attention pads little
+                branch = self.objective(self._batch(part, epoch, len(examples))[0], self.config.length)
+                self._backward(self.safe_weight * branch.safe + self.config.refusal_weight * branch.refusal)
+                safe, refusal = safe + branch.safe.item(), refusal + branch.refusal.item()
+            safe, refusal = self._sum_over_processes(safe, refusal)
+            self._move()
         self.schedule.step()
         return Step(0, "train", safe, refusal)
+
+    def _backward(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise SoftguardError(
+                f"the loss is {loss.item()} at step {self.step + 1}; lower distil.learning_rate, it is "
+                f"{self.config.learning_rate}"
+            )
+        self.accelerator.backward(loss)
+
+    def _move(self) -> None:
+        parameters = list(self.trained.values())
+        if self.processes > 1:
+            for parameter in parameters:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "sum")  # losses are shares of the whole batch's mean
+        self.accelerator.clip_grad_norm_(parameters, self.config.clip)
+        self.optimiser.step()
+
+    def _sum_over_processes(self, *values: float) -> list[float]:
+        if self.processes == 1:
+            return list(values)
+        return self.accelerator.reduce(torch.tensor(values, device=self.base.device), "sum").tolist()  # type: ignore[no-any-return]
+
+    def _draw(self, examples: Sequence[Example], stream: int) -> Rollouts:
+        seed = 1_000_003 * self.recipe.seed + stream
+        return draw(self.passes, examples, self.guard, self.recipe.teach.max_new_tokens, seed)
+
+    def _batch(self, examples: Sequence[Example], epoch: int, prompts: int, pairs: bool | None = None) -> tuple[Batch, Tensor]:
+        pairs = self.config.objective in PAIRED if pairs is None else pairs
+        batch, first = self.passes.batch(examples, epoch, prompts, self.drift_weight, pairs)
+        return batch._replace(beta=self.config.beta), first
 
     @torch.no_grad()
     def _validate(self) -> Step:
         indices = thin(list(range(self.corpus.size("validation"))), self.config.validation_prompts)
         take = len(indices)
-        losses, probes = [], []
+        safe = refusal = 0.0
+        probes = []
         for start in range(0, take, self.config.batch_size):
             examples = self.corpus.examples("validation", indices[start : start + self.config.batch_size])
-            batch, first = self._batch(examples, 0, take)
-            losses.append(self.objective(batch, self.config.length))
-            probes.append(_probe(batch, first))
-        probe = _Probe(*map(sum, zip(*probes, strict=True)))
+            batch, first = self._batch(examples, 0, take, pairs=False)
+            probes.append(probe(batch, first))
+            if self.policy:
+                safe -= float(self._draw(examples, 0).reward.sum()) / take
+                continue
+            if self.config.objective in PAIRED:
+                batch, _ = self._batch(examples, 0, take)
+            branch = self.objective(batch, self.config.length)
+            safe, refusal = safe + branch.safe.item(), refusal + branch.refusal.item()
+        sums = Probe(*map(sum, zip(*probes, strict=True)))
         entry = Step(
             self.step,
             "validation",
-            sum(part.safe.item() for part in losses),
-            sum(part.refusal.item() for part in losses),
-            probe.token_tv / max(probe.tokens, 1),
-            probe.refuses / max(probe.refused, 1),
-            probe.over_refuses / max(probe.answered, 1),
+            safe,
+            refusal,
+            sums.token_tv / max(sums.tokens, 1),
+            sums.refuses / max(sums.refused, 1),
+            sums.over_refuses / max(sums.answered, 1),
         )
-        loss = self.safe_weight * entry.safe + self.config.refusal_weight * entry.refusal
+        loss = self.safe_weight * safe + self.config.refusal_weight * refusal
         self.since_best += 1
         if loss < self.best_loss:
-            self.best_loss, self.since_best = loss, 0
-            self.best = self.vectors.detach().clone()
+            self.best_loss, self.since_best, self.best = loss, 0, self._now()
         return entry
-
-    def _batch(self, examples: Sequence[Example], epoch: int, prompts: int) -> tuple[Batch, Tensor]:
-        """Both branches of some examples, by one pass of the student and, unless the corpus kept its states, one of the base.
-
-        Also returns the student's last hidden states that predict the rows' first tokens, (S + R, hidden).
-        """
-        encoded = [self.chat.encode(e.prompt) for e in examples]
-        drawn = [e.responses[epoch % len(e.responses)] for e in examples]
-        safe = [i for i, draw in enumerate(drawn) if draw.keep > _NO_WEIGHT]
-        refused = [i for i, e in enumerate(examples) if e.refusal_rate > _NO_WEIGHT]
-        responses = [list(drawn[i].ids) for i in safe]
-        answers = responses + [self.refusal] * len(refused)
-        rows = [encoded[i] + answer[:-1] for i, answer in zip(safe + refused, answers, strict=True)]
-        wanted = [len(answer) for answer in answers]
-        prefix = constant_prefix(self.base, self.chat, self.student)
-        hidden = packed_hidden(self.base, prefix, rows, wanted)
-        head = self.base.head
-        student = _padded(hidden[: len(safe)], hidden[0])
-        teacher = [draw.hidden.to(head) for draw in (drawn[i] for i in safe) if draw.hidden is not None]
-        if len(teacher) < len(safe):
-            with torch.no_grad():
-                teacher = packed_hidden(self.base, self.teacher_prefix, rows[: len(safe)], wanted[: len(safe)])
-        device, width = student.device, student.shape[1]
-        response = torch.zeros(len(safe), width, dtype=torch.long, device=device)
-        mask = torch.zeros(len(safe), width, device=device)
-        for row, ids in enumerate(responses):
-            response[row, : len(ids)] = torch.tensor(ids, device=device)
-            mask[row, : len(ids)] = 1
-
-        def numbers(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
-
-        target = torch.tensor(self.refusal * len(refused), device=device, dtype=torch.long)
-        refusals = per_token(
-            lambda log_q, at: selected(log_q, target[at]), torch.cat([hidden[0][:0], *hidden[len(safe) :]]), head
-        )
-        batch = Batch(
-            student=student,
-            teacher=_padded(teacher, hidden[0]),
-            head=head,
-            response=response,
-            mask=mask,
-            p_safe=numbers([drawn[i].keep for i in safe]),
-            first_rate=numbers([examples[i].refusal_rate for i in safe]),
-            refusal=refusals.view(len(refused), len(self.refusal)),
-            refusal_rate=numbers([examples[i].refusal_rate for i in refused]),
-            refusal_token=torch.tensor(self.refusal[0], device=device),
-            prompts=prompts,
-            drift_weight=self.drift_weight,
-        )
-        return batch, torch.stack([row[0] for row in hidden])
 
     def _resume(self) -> None:
         """Take up the checkpoint, if there is one, and drop log lines written after it."""
@@ -240,10 +277,12 @@ class _Trainer:
             )
         tensors = load((folder / state["tensors"]).read_bytes())
         self.step, self.best_loss, self.since_best = state["step"], float(state["best_loss"]), state["since_best"]
-        self.vectors.data.copy_(tensors["vectors"])
-        self.best = tensors["best"].to(self.base.device)
         current = self.optimiser.state_dict()
-        current["state"] = {0: {k.removeprefix("adam."): v for k, v in tensors.items() if k.startswith("adam.")}}
+        for number, (name, parameter) in enumerate(self.trained.items()):
+            parameter.data.copy_(tensors[f"now/{name}"])
+            adam = f"adam/{name}/"
+            current["state"][number] = {k.removeprefix(adam): v for k, v in tensors.items() if k.startswith(adam)}
+        self.best = {name: tensors[f"best/{name}"].to(self.base.device) for name in self.best}
         self.optimiser.load_state_dict(current)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "schedule stepped before optimiser": the optimiser's steps are in the checkpoint
@@ -257,8 +296,11 @@ class _Trainer:
         from safetensors.torch import save
 
         folder = self.out / "checkpoint"
-        adam = self.optimiser.state_dict()["state"][0]
-        tensors = {"vectors": self.vectors.detach(), "best": self.best, **{f"adam.{k}": v for k, v in adam.items()}}
+        adam = self.optimiser.state_dict()["state"]
+        tensors = {f"best/{name}": tensor for name, tensor in self.best.items()}
+        for number, (name, parameter) in enumerate(self.trained.items()):
+            tensors[f"now/{name}"] = parameter.detach()
+            tensors |= {f"adam/{name}/{k}": v for k, v in adam[number].items()}
         name = f"step-{self.step}.safetensors"
         blob = save({k: v.cpu().contiguous() for k, v in tensors.items()})
         write_text(self.out / "log.jsonl", "".join(line + "\n" for line in self.log))
@@ -276,36 +318,6 @@ class _Trainer:
         for old in folder.glob("step-*.safetensors"):
             if old.name != name:
                 old.unlink()
-
-
-class _Probe(NamedTuple):
-    """Sums over some rows, from which a line of validation is made."""
-
-    token_tv: float
-    tokens: int
-    refuses: int
-    refused: int
-    over_refuses: int
-    answered: int
-
-
-def _probe(batch: Batch, first: Tensor) -> _Probe:
-    begins = log_law(first, batch.head).argmax(-1) == batch.refusal_token
-    safe, kept, refused = len(batch.p_safe), batch.p_safe > 0.5, batch.refusal_rate > 0.5
-    drift = divergences(token_tv, batch)[kept]
-    return _Probe(
-        float(drift.sum()),
-        int(batch.mask[kept].sum()),
-        int((begins[safe:] & refused).sum()),
-        int(refused.sum()),
-        int((begins[:safe] & kept).sum()),
-        int(kept.sum()),
-    )
-
-
-def _padded(rows: list[Tensor], like: Tensor) -> Tensor:
-    """(rows, longest row, hidden) hidden states, padded with 0."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else like.new_zeros(0, 1, like.shape[-1])
 
 
 def _batches(refusal_rates: np.ndarray[Any, np.dtype[np.float64]], size: int, seed: int) -> Iterator[tuple[list[int], int]]:

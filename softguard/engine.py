@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softguard.adapted import adapted
 from softguard.adapters import Adapter
 from softguard.chat import Chat, Turn
 from softguard.decoding import make_resident
@@ -36,9 +37,9 @@ class Engine:
 
     def __init__(self, base: BaseModel, adapter: Adapter | None = None) -> None:
         """`adapter`: none for the base alone."""
-        self.base = base
+        self.base = adapted(base, adapter)
         self.chat = Chat(base.tokenizer, adapter.slot if adapter else "start", base.stop_ids)
-        self.prefix = make_resident(base, self.chat, adapter)
+        self.prefix = make_resident(self.base, self.chat, adapter)
 
     def generate(
         self,

@@ -31,12 +31,18 @@ def teach_plan(recipe: Recipe, base: BaseModel) -> str:
 def distil_plan(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
     """What `distil` would train and roughly how long it would take."""
     with TemporaryDirectory() as folder:
-        seconds = time_step(recipe, corpus, Path(folder), base) * recipe.distil.steps
+        seconds = time_step(recipe, corpus, Path(folder), base) * recipe.distil.steps if recipe.distil.steps else 0.0
     return (
         f"distil: {recipe.distil.steps} steps of {recipe.distil.batch_size} prompts from a corpus of "
-        f"{corpus.size('train'):,}, objective {recipe.distil.objective}, {recipe.distil.adapter} of "
-        f"{recipe.distil.n_soft} vectors in slot {recipe.distil.slot}; about {minutes(seconds)}"
+        f"{corpus.size('train'):,}, objective {recipe.distil.objective}, {_adapter(recipe)}; about {minutes(seconds)}"
     )
+
+
+def _adapter(recipe: Recipe) -> str:
+    wanted = recipe.distil
+    sizes = {"lora": f"of at most {wanted.budget:,} numbers", "steering": f"at depth {wanted.depth:g}", "text": ""}
+    size = sizes.get(wanted.adapter, f"of {wanted.n_soft} vectors in slot {wanted.slot}")
+    return f"{wanted.adapter} {size}".strip()
 
 
 def evaluate_plan(recipe: Recipe, base: BaseModel, adapted: bool) -> str:

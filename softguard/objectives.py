@@ -2,10 +2,11 @@
 
 Every objective sees the same `Batch`: for each prompt x the *safe branch*, a response y drawn from the base, which the
 system keeps with probability α(x, y); and the *refusal branch*, the refusal y_r, which the system gives with
-probability U(x). Rows whose branch has no weight are left out of the batch, since they would add nothing.
+probability U(x). Rows whose branch has no weight are left out of the batch, since they would add nothing; `PAIRED`
+objectives compare both answers of every prompt instead. Objectives that learn from the student's own answers are in `policy`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ class Batch(NamedTuple):
     refusal: (R, T_r) student's log-probabilities of the refusal's tokens; refusal_rate: (R,) U of the row's prompt.
     refusal_token: () first id of y_r. prompts: how many prompts the rows stand for; losses are means over prompts.
     drift_weight: λ, what the dense objectives multiply the divergence between answers by; whether to answer has weight 1.
+    base_refusal: (R, T_r) as `refusal`, of the base; for pairs alone, where row i of both branches is prompt i.
+    beta: what straying from the base costs `dpo`.
     """
 
     student: Tensor
@@ -41,6 +44,8 @@ class Batch(NamedTuple):
     refusal_token: Tensor
     prompts: float
     drift_weight: float = 1.0
+    base_refusal: Tensor | None = None
+    beta: float = 0.1
 
 
 class Losses(NamedTuple):
@@ -132,13 +137,56 @@ def kl_paper(batch: Batch, length: Length) -> Losses:
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
 
 
-OBJECTIVES: dict[str, Objective] = {"tv": tv, "jsd": jsd, "kl": kl, "tv-paper": tv_paper, "kl-paper": kl_paper}
+def perplexity(batch: Batch, length: Length) -> Losses:
+    """Direct optimisation on safe data (§3.2): −α·ℓ_y, the next-token loss of answers the system keeps; no refusals."""
+    safe = -batch.p_safe * _over_tokens(_response(batch), batch.mask, length)
+    return Losses(safe.sum() / batch.prompts, batch.refusal.new_zeros(()))
 
 
-def find_objective(name: str) -> Objective:
-    """The objective called `name`. Raises SoftguardError naming the known ones."""
+def sft(batch: Batch, length: Length) -> Losses:
+    """Cross-entropy on the system's own answers, y with weight α and y_r with weight U, a mean over all their tokens.
+
+    The mean is the usual one of supervised fine-tuning, over a batch's tokens whatever row they are in; `length` "sum" adds
+    a row's up instead.
+    """
+    safe = batch.p_safe * (_response(batch) * batch.mask).sum(-1)
+    refusal = batch.refusal_rate * batch.refusal.sum(-1)
+    scale = torch.ones(())
+    if length == "mean":
+        tokens = (batch.p_safe * batch.mask.sum(-1)).sum() + batch.refusal_rate.sum() * batch.refusal.shape[1]
+        scale = (batch.p_safe.sum() + batch.refusal_rate.sum()) / tokens.clamp(min=1)
+    return Losses(-scale * safe.sum() / batch.prompts, -scale * refusal.sum() / batch.prompts)
+
+
+def dpo(batch: Batch, length: Length) -> Losses:
+    """Direct preference optimisation (Rafailov et al., 2023) of the system's choice between the base's answer and the refusal.
+
+    −α·log σ(m) − (1 − α)·log σ(−m), m = β·((ℓ_y − ℓ_y⁰) − (ℓ_r − ℓ_r⁰)) with ℓ⁰ of the base: where the system keeps y, y is
+    preferred, where it flags y, the refusal is. α between 0 and 1 is a preference that is not certain.
+    """
+    if batch.base_refusal is None:
+        raise ValueError("dpo needs pairs")
+    real = batch.mask > 0
+    ids = batch.response[real]
+    of_base = per_token(lambda log_q, at: selected(log_q, ids[at]), batch.teacher[real].detach(), batch.head)
+    gained = _response(batch) - torch.zeros_like(batch.mask).masked_scatter(real, of_base)
+    answer = _over_tokens(gained, batch.mask, length)
+    margin = batch.beta * (answer - _over_refusal(batch.refusal - batch.base_refusal, length))
+    log_sigmoid = torch.nn.functional.logsigmoid
+    safe, refusal = -batch.p_safe * log_sigmoid(margin), -(1 - batch.p_safe) * log_sigmoid(-margin)
+    return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "tv": tv, "jsd": jsd, "kl": kl, "tv-paper": tv_paper, "kl-paper": kl_paper, "perplexity": perplexity, "sft": sft, "dpo": dpo
+}  # fmt: skip
+PAIRED = ("dpo",)
+
+
+def find_objective(name: str, others: Sequence[str] = ()) -> Objective:
+    """The objective called `name`. Raises SoftguardError naming the known ones, `others` found elsewhere among them."""
     if name not in OBJECTIVES:
-        raise SoftguardError(f"objective {name!r} is unknown; use one of {', '.join(OBJECTIVES)}")
+        raise SoftguardError(f"objective {name!r} is unknown; use one of {', '.join((*OBJECTIVES, *others))}")
     return OBJECTIVES[name]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from softguard import frozen
+from softguard.adapted import changed_inside
 from softguard.attention import Layout, attend, attend_backward
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
@@ -35,7 +36,7 @@ def packed_hidden(
     embeddings = torch.cat([prefix.embeddings, base.model.get_input_embeddings()(ids)])
     at = Layout(length, lengths, prefix.embeddings, before)
     decoder = base.model.get_decoder()
-    if frozen.is_plain(decoder):
+    if frozen.is_plain(decoder) and not changed_inside(decoder):
         hidden = frozen.run_layers(decoder, embeddings, positions, at, prefix.keys_values)
     else:
         hidden = _run_any(decoder, embeddings, positions, at, prefix.keys_values)

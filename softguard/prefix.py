@@ -24,13 +24,20 @@ class ConstantPrefix(NamedTuple):
 
 
 def constant_prefix(base: BaseModel, chat: Chat, adapter: Adapter | None) -> ConstantPrefix:
-    """The constant prefix with `adapter` in its place, or without; gradients reach the adapter's vectors."""
+    """The constant prefix with `adapter` in its place, or without; gradients reach the adapter's vectors.
+
+    `base`: as `adapted` gives it, for an adapter that changes its layers.
+    """
 
     def embed(ids: Sequence[int]) -> Tensor:
         return base.model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=base.device))  # type: ignore[no-any-return]
 
     before, after = embed(chat.prefix.before), embed(chat.prefix.after)
     if adapter is None:
+        return ConstantPrefix(torch.cat([before, after]))
+    if adapter.kind == "text":
+        return ConstantPrefix(embed(chat.with_system(adapter.text)))
+    if adapter.kind in ("lora", "steering"):
         return ConstantPrefix(torch.cat([before, after]))
     vectors = adapter.vectors.to(before.dtype)
     if adapter.kind == "soft_prompt":

@@ -22,3 +22,10 @@ def not_a_number(prompts: Sequence[str], responses: Sequence[str] | None) -> lis
 
 def throws(prompts: Sequence[str], responses: Sequence[str] | None) -> list[float]:
     raise RuntimeError("the guard's server is gone")
+
+
+def by_bracket(prompts: Sequence[str], responses: Sequence[str] | None) -> list[float]:
+    """Answers with an opening bracket are unsafe; of prompts alone it knows nothing."""
+    if responses is None:
+        return [0.5] * len(prompts)
+    return [0.05 if "(" in text else 0.95 for text in responses]

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from softguard.adapters import Adapter, Kind, initial_vectors
+from softguard.adapters import VECTORS, Adapter, Kind
 from softguard.chat import Slot
+from softguard.initial import initial_vectors
 from softguard.models import BaseModel
 from softguard.prefix import ConstantPrefix
 
@@ -16,7 +17,8 @@ def random_adapter(base: BaseModel, kind: Kind, slot: Slot = "start", n_soft: in
     """Near what training starts from; its values are those float16 has, so that saving changes nothing."""
     vectors = initial_vectors(base, kind, "You are a careful assistant.", n_soft)
     noise = 0.1 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
-    return Adapter(kind, (vectors + noise * vectors.square().mean().sqrt()).half().float(), slot, {"objective": "tv"})
+    near = (vectors + noise * vectors.square().mean().sqrt()).half().float()
+    return Adapter(kind, {VECTORS: near}, slot, {"objective": "tv"})
 
 
 def cache_of(prefix: ConstantPrefix) -> DynamicCache | None:

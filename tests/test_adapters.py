@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from softguard.adapters import Adapter, Kind, initial_vectors
+from softguard.adapters import VECTORS, Adapter, Kind
 from softguard.chat import Chat, Slot
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
@@ -39,32 +38,32 @@ def test_saving_and_loading_keeps_everything(kind: Kind, slot: Slot, small: Base
     adapter.save(tmp_path, small)
     loaded = Adapter.load(tmp_path, small)
     assert torch.equal(loaded.vectors, adapter.vectors)
-    assert (loaded.kind, loaded.slot, loaded.facts, loaded.n_soft) == (kind, slot, FACTS, 4)
+    assert (loaded.kind, loaded.slot, loaded.facts, len(loaded.vectors)) == (kind, slot, FACTS, 4)
     assert loaded.bytes < (tmp_path / "adapter_model.safetensors").stat().st_size < loaded.bytes + 200
     assert not list(tmp_path.glob("*.part"))
 
 
 def test_values_float16_cannot_hold_are_refused(small: BaseModel, tmp_path: Path) -> None:
     with pytest.raises(SoftguardError, match="learning_rate"):
-        Adapter("soft_prompt", torch.full((2, small.hidden), 1e6), "start", FACTS).save(tmp_path, small)
+        Adapter("soft_prompt", {VECTORS: torch.full((2, small.hidden), 1e6)}, "start", FACTS).save(tmp_path, small)
     assert not list(tmp_path.iterdir())
 
 
 def test_only_a_start_slot_prompt_poses_as_a_peft_adapter(small: BaseModel, tmp_path: Path) -> None:
-    Adapter("soft_prompt", torch.zeros(2, small.hidden), "system", FACTS).save(tmp_path / "system", small)
-    Adapter("soft_prompt", torch.zeros(2, small.hidden), "start", FACTS).save(tmp_path / "start", small)
+    Adapter("soft_prompt", {VECTORS: torch.zeros(2, small.hidden)}, "system", FACTS).save(tmp_path / "system", small)
+    Adapter("soft_prompt", {VECTORS: torch.zeros(2, small.hidden)}, "start", FACTS).save(tmp_path / "start", small)
     assert not (tmp_path / "system" / "adapter_config.json").exists()
     assert json.loads((tmp_path / "start" / "adapter_config.json").read_text())["peft_type"] == "PROMPT_TUNING"
 
 
 def test_an_adapter_of_another_model_is_refused(base: BaseModel, small: BaseModel, tmp_path: Path) -> None:
-    Adapter("soft_prompt", torch.zeros(2, small.hidden), "start", FACTS).save(tmp_path, small)
+    Adapter("soft_prompt", {VECTORS: torch.zeros(2, small.hidden)}, "start", FACTS).save(tmp_path, small)
     with pytest.raises(SoftguardError, match=f"belongs to model.*{small.fingerprint}.*not to 'smollm2'"):
         Adapter.load(tmp_path, base)
 
 
 def test_weights_that_are_not_the_sealed_ones_are_refused(small: BaseModel, tmp_path: Path) -> None:
-    Adapter("soft_prompt", torch.zeros(2, small.hidden), "start", FACTS).save(tmp_path, small)
+    Adapter("soft_prompt", {VECTORS: torch.zeros(2, small.hidden)}, "start", FACTS).save(tmp_path, small)
     blob = bytearray((tmp_path / "adapter_model.safetensors").read_bytes())
     blob[-1] ^= 1
     (tmp_path / "adapter_model.safetensors").write_bytes(blob)
@@ -77,30 +76,20 @@ def test_a_folder_without_an_adapter_is_told(small: BaseModel, tmp_path: Path) -
         Adapter.load(tmp_path, small)
 
 
-def test_a_short_text_is_repeated_and_a_long_one_averaged(base: BaseModel) -> None:
-    ids = base.tokenizer.encode("one two three", add_special_tokens=False)
-    rows = base.model.get_input_embeddings().weight[ids]
-    assert torch.equal(initial_vectors(base, "soft_prompt", "one two three", 2 * len(ids)), rows.repeat(2, 1))
-    torch.testing.assert_close(initial_vectors(base, "soft_prompt", "one two three", 1), rows.mean(0, keepdim=True))
+def test_a_steering_vector_is_also_saved_as_llama_cpp_reads_it(small: BaseModel, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    vector = torch.arange(small.hidden) / 8
+    Adapter("steering", {"direction.1": vector}, "start", FACTS).save(tmp_path, small)
+    reader = GGUFReader(tmp_path / "control_vector.gguf")
+    (tensor,) = reader.tensors
+    assert (tensor.name, tensor.data.tolist()) == ("direction.1", vector.tolist())
+    assert reader.fields["general.architecture"].contents() == "controlvector"
+    assert reader.fields["controlvector.layer_count"].contents() == 1
+    assert not (tmp_path / "adapter_config.json").exists()
 
 
-@torch.no_grad()
-def test_a_key_value_prefix_begins_as_the_text_it_starts_from(base: BaseModel, chat: Chat) -> None:
-    text = "You are a careful assistant."
-    ids = base.tokenizer.encode(text, add_special_tokens=False)
-    vectors = initial_vectors(base, "kv_prefix", text, len(ids))
-    embeddings = base.model.get_input_embeddings()(torch.tensor(ids))
-    starts: list[tuple[Kind, Tensor]] = [("kv_prefix", vectors), ("soft_prompt", embeddings)]
-    rows = [
-        whole_row(base, constant_prefix(base, chat, Adapter(kind, start, "start", FACTS)), [5, 6, 7])[-3:]
-        for kind, start in starts
-    ]
-    torch.testing.assert_close(*rows, rtol=1e-3, atol=1e-3)
-    twice = initial_vectors(base, "kv_prefix", text, 2 * len(ids))
-    assert twice.shape == (2 * len(ids), vectors.shape[1])
-
-
-@pytest.mark.parametrize("kind", ["soft_prompt", "kv_prefix"])
-def test_an_empty_initial_text_is_refused(kind: Kind, small: BaseModel) -> None:
-    with pytest.raises(SoftguardError, match="init_text is empty"):
-        initial_vectors(small, kind, "", 4)
+def test_a_text_is_kept_in_words(small: BaseModel, tmp_path: Path) -> None:
+    adapter = Adapter("text", {}, "system", FACTS, "Be kind.")
+    adapter.save(tmp_path, small)
+    assert Adapter.load(tmp_path, small) == adapter

@@ -130,7 +130,7 @@ def test_unknown_key_names_the_nearest(tmp_path: Path, text: str, message: str) 
 
 
 def test_a_key_value_prefix_has_no_other_slot_than_the_start() -> None:
-    with pytest.raises(SoftguardError, match=r"distil\.slot is system; a kv_prefix stands before everything"):
+    with pytest.raises(SoftguardError, match=r"distil\.slot is system; only a soft_prompt has a choice"):
         load_recipe(None, ["distil.adapter=kv_prefix", "distil.slot=system"])
     assert load_recipe(None, ["distil.adapter=soft_prompt", "distil.slot=system"]).distil.slot == "system"
 
@@ -252,8 +252,8 @@ def test_override_below_a_value_of_the_file_is_told(tmp_path: Path) -> None:
 
 
 POSITIVE = [
-    *(f"distil.{key}" for key in ("n_soft", "steps", "batch_size", "accumulate", "learning_rate", "clip", "validate_every")),
-    *(f"distil.{key}" for key in ("validation_prompts", "patience", "checkpoint_every")),
+    *(f"distil.{key}" for key in ("n_soft", "batch_size", "accumulate", "learning_rate", "clip", "validate_every")),
+    *(f"distil.{key}" for key in ("validation_prompts", "patience", "checkpoint_every", "budget", "beta")),
     *(f"teach.{key}" for key in ("responses", "max_new_tokens", "batch_size", "shard_size")),
     *(f"evaluate.{key}" for key in ("max_new_tokens", "batch_size")),
     *(f"guard.{key}" for key in ("rank", "epochs", "batch", "learning_rate", "head_learning_rate", "prompt_tokens")),
@@ -261,7 +261,14 @@ POSITIVE = [
 ]
 NOT_NEGATIVE = [
     *("seed", "model.threads", "teach.temperature", "teach.limit", "evaluate.limit"),
-    *("distil.warmup", "distil.safe_weight", "distil.refusal_weight", "distil.drift_weight", "guard.weight_decay"),
+    *(
+        "distil.steps",
+        "distil.warmup",
+        "distil.safe_weight",
+        "distil.refusal_weight",
+        "distil.drift_weight",
+        "guard.weight_decay",
+    ),
 ]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from softguard.adapters import Adapter
+from softguard.adapters import VECTORS, Adapter
 from softguard.config import Recipe, load_recipe
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
@@ -128,7 +128,7 @@ def test_answers_on_disk_are_used_again_and_only_for_the_same_adapter(
     again = run(recipe, tmp_path / "out", small, adapter)
     assert again.rows == first.rows
     assert not asked
-    other = replace(adapter, vectors=adapter.vectors + 0.01)
+    other = replace(adapter, tensors={VECTORS: adapter.vectors + 0.01})
     asked.clear()
     run(recipe, tmp_path / "out", small, other)
     assert asked == [1, 2]

@@ -87,7 +87,7 @@ def test_a_length_is_told_where_a_row_has_several() -> None:
 def test_published_figures_are_marked_and_complete() -> None:
     lines = published()
     assert {line.source for line in lines} == {"published"}
-    assert {line.exhibit for line in lines} == {exhibit.name for exhibit in EXHIBITS} - {"drift"}
+    assert {line.exhibit for line in lines} == {exhibit.name for exhibit in EXHIBITS} - {"drift", "gap", "perplexity", "change"}
     found = {(line.exhibit, line.base, line.method, line.suite): line.value for line in lines}
     assert len(found) == len(lines)
     assert found["harmbench", "Llama-3.2-3B", "TV soft prompt", "HarmBench"] == 96.75
@@ -135,7 +135,7 @@ def test_the_page_shows_ours_beside_the_published_and_every_figure_it_names_is_t
     assert "| tiny <model> | good | 64 | 2 | 3 | 9.0 | 9.0 |" in page
     assert "| poor | 60.0 | 40.0 | no | good (0.5, 1) |" in page
     figures = [line.split("(")[-1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
-    assert len(figures) == len(EXHIBITS) - 1 + 2 + 3  # nothing is known of drift
+    assert len(figures) == len(EXHIBITS) - 4 + 2 + 3  # what neither the paper nor this table has
     for figure in figures:
         ElementTree.parse(tmp_path / "docs" / figure)
     assert (folder / "cells.parquet").read_bytes() == (tmp_path / "cells.parquet").read_bytes()
@@ -155,7 +155,7 @@ def test_figures_place_their_marks_and_escape_their_text() -> None:
     drawn = dots("a < b", [("group & more", [Dot("x", 50, 25, 100, "50"), Dot("y", 0, 0, 0, "0", hollow=True)])])
     root = ElementTree.fromstring(drawn)
     circles = [e for e in root.iter() if e.tag.endswith("circle")]
-    assert [float(c.attrib["cx"]) for c in circles] == [450, 250]  # half of 400 behind 250, and none of it
+    assert [float(c.attrib["cx"]) for c in circles] == [450, 250]  # half of 400 behind 250, and none
     assert [c.attrib["fill"] for c in circles] == ["#0b62a4", "#fff"]
     assert "a < b" in [e.text for e in root.iter()]
     ringed = plane("t", "x", "y", [Point("p", 0, 0, ringed=True), Point("q", 1, 1)])

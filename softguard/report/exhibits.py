@@ -39,12 +39,15 @@ EXHIBITS = (
     Exhibit("mmlu", "MMLU", "accuracy", r"mmlu"),
     Exhibit("reasoning", "GSM8K and IFEval", "accuracy", r"gsm8k|ifeval"),
     Exhibit("compute", "Operations a token behind 512 others", "gflops_per_token", r"", "GFLOPs"),
+    Exhibit("gap", "Safety gap between base and safe system that is closed", "gap_closed", r""),
     Exhibit("drift", "Distance from the base along its own answers, token TV", "token_tv", r""),
+    Exhibit("perplexity", "Perplexity of the base's own answers", "perplexity_ratio", r"", "× the base's"),
+    Exhibit("change", "Right answers, change from the base", "accuracy_change", r"", "% points"),
 )
 
 
 class Line(NamedTuple):
-    """One figure of an exhibit; in per cent unless the exhibit says otherwise."""
+    """One figure of an exhibit, in its unit."""
 
     exhibit: str
     source: str  # "ours" or "published"
@@ -122,8 +125,9 @@ def _line(exhibit: Exhibit, group: Sequence[Row], system: str, suite: str, metri
     """A mean over seeds, with the outermost ends of their intervals."""
     kept = group if system == "distilled" else group[:1]  # base and system do not depend on the seed
     found = [m for row in kept if (m := metric_of(row, system, suite, metric)) is not None]
-    values = [100 * m["value"] for m in found]
-    low, high = 100 * min(m["low"] for m in found), 100 * max(m["high"] for m in found)
+    scale = 100 if exhibit.unit.startswith("%") else 1
+    values = [scale * m["value"] for m in found]
+    low, high = scale * min(m["low"] for m in found), scale * max(m["high"] for m in found)
     method = SYSTEMS.get(system) or group[0]["method"]
     ends = (low, high, min(values), max(values))
     return Line(

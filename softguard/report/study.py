@@ -19,6 +19,7 @@ from softguard.report.tradeoffs import AXES, Comparison, Member, comparisons, fr
 from softguard.study.table import read_table
 
 _WORDS = {"safety": "safe answers", "over_refusal": "refusals of harmless prompts", "accuracy": "right answers"}
+_SHARES = ("harmbench", "best-rate", "trained-kind", "jailbreak", "judge", "over-refusal", "mmlu", "reasoning")  # of 100 %
 _PANELS = (
     ("loss", "Training loss of the row's own objective", "loss"),
     ("refuses", "Begins a refusal where the system refuses, validation", "share"),
@@ -125,7 +126,7 @@ def _costs(rows: Sequence[Row]) -> list[str]:
 
 
 def _exhibit(exhibit: Exhibit, lines: Sequence[Line], folder: Path) -> _Made:
-    digits = 1 if exhibit.unit == "%" else 3
+    digits = 1 if exhibit.unit.startswith("%") else 3
     groups: dict[str, list[Dot]] = {}
     text = [f"| | base | suite | method | {exhibit.unit} | over seeds | n | |", "|" + " --- |" * 8]
     for line in lines:
@@ -144,9 +145,7 @@ def _exhibit(exhibit: Exhibit, lines: Sequence[Line], folder: Path) -> _Made:
     name = f"{exhibit.name}.svg"
     write_text(
         folder / name,
-        dots(
-            f"{exhibit.title} ({exhibit.unit})", list(groups.items()), 100 * (exhibit.unit == "%" and exhibit.name != "drift")
-        ),
+        dots(f"{exhibit.title} ({exhibit.unit})", list(groups.items()), 100 * (exhibit.name in _SHARES)),
     )
     return _Made(exhibit.title, name, text)
 

@@ -37,12 +37,13 @@ class Curve(NamedTuple):
 
 
 def dots(title: str, groups: Sequence[tuple[str, Sequence[Dot]]], end: float = 0.0) -> str:
-    """One row a dot under its group's name, on a common axis from 0 to `end` or, if that is further, the highest figure."""
-    highest = max(end, *(max(dot.value, dot.high) for _, group in groups for dot in group)) or 1.0
+    """One row a dot under its group's name, on a common axis that holds 0, `end` and all intervals; 0 is marked."""
+    ends = [0.0, end, *(value for _, group in groups for dot in group for value in (dot.low, dot.value, dot.high))]
+    lowest, span = min(ends), max(ends) - min(ends) or 1.0
     parts, y = [_text(8, 20, title, weight="bold")], _TOP
 
     def x(value: float) -> float:
-        return _LEFT + _WIDTH * value / highest
+        return _LEFT + _WIDTH * (value - lowest) / span
 
     for name, group in groups:
         parts.append(_text(8, y + 13, name, weight="bold"))
@@ -51,6 +52,7 @@ def dots(title: str, groups: Sequence[tuple[str, Sequence[Dot]]], end: float = 0
             middle = y + _ROW / 2 - 2
             fill = "#fff" if dot.hollow else _COLOURS[0]
             parts.append(_line(_LEFT, middle, _LEFT + _WIDTH, middle, "#e5e5e5"))
+            parts.append(_line(x(0), middle - 5, x(0), middle + 5, "#999"))
             if dot.high > dot.low:
                 parts.append(_line(x(dot.low), middle, x(dot.high), middle, _COLOURS[0]))
             parts.append(f'<circle cx="{x(dot.value):.1f}" cy="{middle:.1f}" r="4" fill="{fill}" stroke="{_COLOURS[0]}"/>')

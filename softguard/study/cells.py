@@ -146,7 +146,7 @@ def _training(recipe: Recipe) -> str:
 def _loaded(config: ModelConfig) -> BaseModel:
     if config.threads:
         torch.set_num_threads(config.threads)
-    return load_base(config.name, config.dtype, config.device)
+    return load_base(config.name, config.dtype, config.device, config.quantize)
 
 
 @lru_cache(maxsize=1)

@@ -65,7 +65,8 @@ def _done(grid: Grid, out: Path) -> int:
 
 def _seconds(recipe: Recipe, arms: list[Arm], asked: list[str]) -> float:
     """Seconds of all cells of a base, from a few prompts and two steps of every arm."""
-    base, system = load_base(recipe.model.name, recipe.model.dtype, recipe.model.device), SafeSystem.from_config(recipe.system)
+    model = recipe.model
+    base, system = load_base(model.name, model.dtype, model.device, model.quantize), SafeSystem.from_config(recipe.system)
     wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
     texts = [prompt.text for source, limit in wanted for prompt in read_prompts(source, limit)]
     seconds = generation_seconds(base, texts, recipe.teach.max_new_tokens) * len(texts) * recipe.teach.responses

@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
         "base": pa.string(),
         "row": pa.string(),
         "adapter": pa.string(),
-        "objective": pa.string(),
+        "objective": pa.string(),  # "untrained" without steps
         "n_soft": pa.int64(),
         "learning_rate": pa.float64(),
         "seed": pa.int64(),
@@ -101,12 +101,12 @@ def _row(cell: Cell, folder: Path, evaluation: str | None) -> dict[str, Any]:
     seal, adapter = read_json(folder / "cell.json", "cell"), read_json(folder / "softguard.json", "adapter")
     distil = cell.recipe.distil
     row: dict[str, Any] = {
-        "base": cell.base, "row": cell.row, "adapter": distil.adapter, "objective": distil.objective, "n_soft": distil.n_soft,
-        "learning_rate": distil.learning_rate, "seed": cell.recipe.seed, "chosen": evaluation is not None,
-        "recipe": dump_recipe(cell.recipe), "model": adapter["model"], "base_fingerprint": adapter["base"],
-        "guard": adapter["guard"], "corpus": adapter["corpus"], "settings": adapter["settings"], "steps": adapter["steps"],
-        "validation_loss": adapter.get("validation_loss"), "train_seconds": seal["train_seconds"],
-        "log": _log(folder / "log.jsonl"),
+        "base": cell.base, "row": cell.row, "adapter": distil.adapter, "objective": adapter["objective"],
+        "n_soft": distil.n_soft, "learning_rate": distil.learning_rate, "seed": cell.recipe.seed,
+        "chosen": evaluation is not None, "recipe": dump_recipe(cell.recipe), "model": adapter["model"],
+        "base_fingerprint": adapter["base"], "guard": adapter["guard"], "corpus": adapter["corpus"],
+        "settings": adapter["settings"], "steps": adapter["steps"], "validation_loss": adapter.get("validation_loss"),
+        "train_seconds": seal["train_seconds"], "log": _log(folder / "log.jsonl"),
     }  # fmt: skip
     if evaluation is None or seal["evaluation"] != evaluation:
         return row

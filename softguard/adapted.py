@@ -1,0 +1,73 @@
+"""The model an adapter changes from within: a LoRA's or a steering vector's copy of the base around the same weights.
+
+Soft prompts, prefixes and texts stand before the rows and change nothing here, see `prefix`.
+"""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softguard.adapters import DIRECTION, Adapter, peft_config
+from softguard.models import BaseModel
+
+
+def adapted(base: BaseModel, adapter: Adapter | None) -> BaseModel:
+    """The base with the adapter in its layers; the base itself where nothing in them changes.
+
+    The copy's modules are new, its weights are the base's own, so that both run side by side. Gradients reach the adapter's
+    tensors where these are parameters that want them.
+    """
+    if adapter is None or adapter.kind not in ("lora", "steering"):
+        return base
+    shared = {id(tensor): tensor for tensor in (*base.model.parameters(), *base.model.buffers())}
+    model = copy.deepcopy(base.model, shared)
+    if adapter.kind == "lora":
+        _inject_lora(model, adapter, base)
+    else:
+        _steer(model, adapter)
+    return replace(base, model=model)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder's layers, first to last."""
+    layers: nn.ModuleList = model.get_decoder().layers
+    return layers
+
+
+def _inject_lora(model: nn.Module, adapter: Adapter, base: BaseModel) -> None:
+    from peft import get_peft_model
+
+    wrapped = get_peft_model(model, peft_config(adapter, base))
+    for name, tensor in adapter.tensors.items():
+        path, factor = name.removesuffix(".weight").rsplit(".", 1)  # …q_proj and lora_A or lora_B
+        getattr(wrapped.get_submodule(path), factor)["default"].weight = _parameter(tensor)
+
+
+def _steer(model: Any, adapter: Adapter) -> None:
+    """Add the vector where the layer's last product joins the residual stream: the same as adding it to the layer's output."""
+    for name, vector in adapter.tensors.items():
+        mlp: Any = decoder_layers(model)[int(name.removeprefix(DIRECTION))].mlp
+        mlp.down_proj = _Steered(mlp.down_proj, _parameter(vector))
+
+
+class _Steered(nn.Module):
+    """A linear layer and a vector that is added to what it gives."""
+
+    def __init__(self, linear: nn.Linear, vector: nn.Parameter) -> None:
+        super().__init__()
+        self.linear, self.vector = linear, vector
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.vector.to(x.dtype)  # type: ignore[no-any-return]
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+
+
+def changed_inside(model: nn.Module) -> bool:
+    """Whether some weights of the model are trained."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())

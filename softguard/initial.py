@@ -1,0 +1,112 @@
+"""What training an adapter starts from."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from softguard.adapted import decoder_layers
+from softguard.adapters import DIRECTION, VECTORS, Adapter, Kind
+from softguard.chat import Chat
+from softguard.config import DistilConfig
+from softguard.errors import SoftguardError
+from softguard.models import BaseModel
+
+
+def initial_adapter(
+    base: BaseModel, config: DistilConfig, refused: Sequence[str], kept: Sequence[str], seed: int = 0
+) -> Adapter:
+    """The adapter a recipe describes, before its first step.
+
+    `refused`, `kept`: some training prompts the system refuses and answers; a steering vector starts from the difference
+    between them. `seed` draws a LoRA's A.
+    Raises SoftguardError for a text without tokens, a budget no LoRA fits, or prompts of one sort only.
+    """
+    slot = config.slot
+    if config.adapter == "text":
+        return Adapter("text", {}, slot, {}, config.init_text)
+    if config.adapter == "lora":
+        return Adapter("lora", _lora(base, config.budget, seed), slot, {})
+    if config.adapter == "steering":
+        layers = len(decoder_layers(base.model))
+        layer = min(max(1, round(config.depth * layers)), layers - 1)  # llama.cpp counts from 1 and steers no layer 0
+        return Adapter("steering", {f"{DIRECTION}{layer}": _direction(base, layer, refused, kept)}, slot, {})
+    return Adapter(config.adapter, {VECTORS: initial_vectors(base, config.adapter, config.init_text, config.n_soft)}, slot, {})
+
+
+@torch.no_grad()
+def initial_vectors(base: BaseModel, kind: Kind, text: str, n_soft: int) -> Tensor:
+    """`text` as the model reads it. Shape as in `Adapter`, float32.
+
+    A soft prompt gets its embeddings, repeated if there are fewer than n_soft, averaged over neighbours if there are more. A
+    key/value prefix gets the keys and values the model makes of its first n_soft tokens, repeated likewise. Text, never noise:
+    rows off the embedding manifold cost safety before training begins (METHOD §3.2).
+    Raises SoftguardError if the text has no tokens.
+    """
+    ids = base.tokenizer.encode(text, add_special_tokens=False)
+    if not ids:
+        raise SoftguardError("distil.init_text is empty; give the text the adapter starts from")
+    if kind == "kv_prefix":
+        ids = (ids * -(-n_soft // len(ids)))[:n_soft]
+        cache = base.model(torch.tensor([ids], device=base.device), use_cache=True).past_key_values
+        pairs = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
+        return pairs.permute(3, 0, 1, 2, 4).flatten(1).float()  # from (layers, 2, key heads, n_soft, width)
+    rows: Tensor = base.model.get_input_embeddings()(torch.tensor(ids, device=base.device)).float()  # (tokens, hidden)
+    if len(rows) <= n_soft:
+        return rows[torch.arange(n_soft, device=base.device) % len(rows)].clone()
+    return torch.stack([part.mean(0) for part in rows.tensor_split(n_soft)])
+
+
+def _lora(base: BaseModel, budget: int, seed: int) -> dict[str, Tensor]:
+    """A's drawn as PEFT draws them, B's 0, so that nothing changes at first."""
+    rank, targets = lora_shape(base, budget)
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, module in base.model.named_modules():
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in targets:
+            bound = module.in_features**-0.5  # kaiming_uniform with a = √5
+            a = (2 * torch.rand(rank, module.in_features, generator=generator) - 1) * bound
+            b = torch.zeros(module.out_features, rank)
+            tensors |= {f"base_model.model.{name}.lora_{factor}.weight": t for factor, t in (("A", a), ("B", b))}
+    return {name: tensor.to(base.device) for name, tensor in tensors.items()}
+
+
+def lora_shape(base: BaseModel, budget: int) -> tuple[int, tuple[str, ...]]:
+    """Rank and targets of the LoRA that comes nearest to `budget` numbers from below; of equals, the one with most targets.
+
+    Targets are the attention's linear layers, one after another, or all linear layers of the decoder.
+    Raises SoftguardError if the budget is less than the least LoRA takes.
+    """
+    layer = decoder_layers(base.model)[0]
+    linear = {name.split(".")[-1]: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    attention = [name.split(".")[-1] for name, m in layer.named_modules() if isinstance(m, nn.Linear) and "attn" in name]
+    choices = [tuple(attention[:n]) for n in range(1, len(attention) + 1)] + [tuple(linear)]
+    shapes = []
+    for targets in choices:
+        each = len(decoder_layers(base.model)) * sum(linear[t].in_features + linear[t].out_features for t in targets)
+        shapes.append((budget // each * each, len(targets), budget // each, targets))
+    size, _, rank, targets = max(shapes)
+    if not size:
+        least = min(
+            len(decoder_layers(base.model)) * sum(linear[t].in_features + linear[t].out_features for t in c) for c in choices
+        )
+        raise SoftguardError(f"distil.budget is {budget}; the least LoRA of {base.name!r} has {least:,} numbers")
+    return rank, targets
+
+
+@torch.no_grad()
+def _direction(base: BaseModel, layer: int, refused: Sequence[str], kept: Sequence[str]) -> Tensor:
+    """Difference of means of the layer's output where the response begins, prompts that are refused less those kept."""
+    if not refused or not kept:
+        raise SoftguardError("the system refuses all training prompts or none; a steering vector starts from the difference")
+    chat = Chat(base.tokenizer, "start", base.stop_ids)
+    fixed = [*chat.prefix.before, *chat.prefix.after]
+
+    ends: list[Tensor] = []
+    hook = decoder_layers(base.model)[layer].register_forward_hook(lambda _, __, output: ends.append(output[0, -1].float()))
+    try:
+        for prompt in (*refused, *kept):
+            base.model(torch.tensor([[*fixed, *chat.encode(prompt)]], device=base.device), logits_to_keep=1)
+    finally:
+        hook.remove()
+    return torch.stack(ends[: len(refused)]).mean(0) - torch.stack(ends[len(refused) :]).mean(0)

@@ -1,0 +1,134 @@
+"""The passes of base and student that training is made of: from examples of the corpus to an objective's `Batch`."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softguard.adapted import adapted
+from softguard.adapters import Adapter
+from softguard.chat import Chat
+from softguard.corpus import Example
+from softguard.divergences import selected, token_tv
+from softguard.kernels import log_law, per_token
+from softguard.models import BaseModel
+from softguard.objectives import Batch, divergences
+from softguard.packed import packed_hidden
+from softguard.prefix import constant_prefix
+
+_NO_WEIGHT = 1e-3  # branches the system takes less often than this are left out
+
+
+class Passes:
+    """A frozen base beside itself with the adapter that is trained."""
+
+    def __init__(self, base: BaseModel, adapter: Adapter, refusal: str) -> None:
+        """`adapter`: its tensors want gradients. `refusal`: the system's."""
+        self.base, self.adapter = base, adapter
+        self.student_base = adapted(base, adapter)
+        self.chat = Chat(base.tokenizer, adapter.slot, base.stop_ids)
+        self.refusal = self.chat.encode_response(refusal)
+        self._teacher_prefix = constant_prefix(base, self.chat, None)
+
+    def student(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[Tensor]:
+        """Last hidden states, (wanted[i], hidden), at the last tokens of each row; gradients reach the adapter."""
+        prefix = constant_prefix(self.student_base, self.chat, self.adapter)
+        return packed_hidden(self.student_base, prefix, rows, wanted)
+
+    @torch.no_grad()
+    def teacher(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[Tensor]:
+        """The same of the base."""
+        return packed_hidden(self.base, self._teacher_prefix, rows, wanted) if rows else []
+
+    def log_probs(self, hidden: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probabilities, (all tokens,), of the answers' tokens from the hidden states that predict them."""
+        target = torch.tensor([i for answer in answers for i in answer], device=self.base.device, dtype=torch.long)
+        states = torch.cat(list(hidden)) if hidden else self._teacher_prefix.embeddings[:0]
+        return per_token(lambda log_q, at: selected(log_q, target[at]), states, self.base.head)
+
+    def batch(
+        self, examples: Sequence[Example], epoch: int, prompts: int, drift_weight: float = 1.0, pairs: bool = False
+    ) -> tuple[Batch, Tensor]:
+        """Both branches of some examples, by one pass of the student and, unless the corpus kept its states, one of the base.
+
+        `prompts`: what losses are divided by. `pairs`: every prompt gets both answers, whatever the system makes of it.
+        Also returns the student's last hidden states that predict the rows' first tokens, (S + R, hidden).
+        """
+        encoded = [self.chat.encode(e.prompt) for e in examples]
+        drawn = [e.responses[epoch % len(e.responses)] for e in examples]
+        safe = [i for i, draw in enumerate(drawn) if pairs or draw.keep > _NO_WEIGHT]
+        refused = [i for i, e in enumerate(examples) if pairs or e.refusal_rate > _NO_WEIGHT]
+        responses = [list(drawn[i].ids) for i in safe]
+        answers = responses + [self.refusal] * len(refused)
+        rows = [encoded[i] + answer[:-1] for i, answer in zip(safe + refused, answers, strict=True)]
+        wanted = [len(answer) for answer in answers]
+        hidden = self.student(rows, wanted)
+        teacher = [draw.hidden.to(self.base.head) for draw in (drawn[i] for i in safe) if draw.hidden is not None]
+        if len(teacher) < len(safe):
+            teacher = self.teacher(rows[: len(safe)], wanted[: len(safe)])
+
+        def refusals(states: Sequence[Tensor]) -> Tensor:
+            return self.log_probs(states, answers[len(safe) :]).view(len(refused), len(self.refusal))
+
+        def numbers(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=self.base.device)
+
+        response, mask = padded_ids(responses, self.base.device)
+        batch = Batch(
+            student=_padded(hidden[: len(safe)], hidden[0]),
+            teacher=_padded(teacher, hidden[0]),
+            head=self.base.head,
+            response=response,
+            mask=mask,
+            p_safe=numbers([drawn[i].keep for i in safe]),
+            first_rate=numbers([examples[i].refusal_rate for i in safe]),
+            refusal=refusals(hidden[len(safe) :]),
+            refusal_rate=numbers([examples[i].refusal_rate for i in refused]),
+            refusal_token=torch.tensor(self.refusal[0], device=self.base.device),
+            prompts=prompts,
+            drift_weight=drift_weight,
+            base_refusal=refusals(self.teacher(rows[len(safe) :], wanted[len(safe) :])) if pairs else None,
+        )
+        return batch, torch.stack([row[0] for row in hidden])
+
+
+class Probe(NamedTuple):
+    """Sums over some rows, from which a line of validation is made."""
+
+    token_tv: float
+    tokens: int
+    refuses: int
+    refused: int
+    over_refuses: int
+    answered: int
+
+
+def probe(batch: Batch, first: Tensor) -> Probe:
+    """Drift along kept answers, and which rows begin as the refusal does; `first` as `Passes.batch` gives it, without pairs."""
+    begins = log_law(first, batch.head).argmax(-1) == batch.refusal_token
+    safe, kept, refused = len(batch.p_safe), batch.p_safe > 0.5, batch.refusal_rate > 0.5
+    drift = divergences(token_tv, batch)[kept]
+    return Probe(
+        float(drift.sum()),
+        int(batch.mask[kept].sum()),
+        int((begins[safe:] & refused).sum()),
+        int(refused.sum()),
+        int((begins[:safe] & kept).sum()),
+        int(kept.sum()),
+    )
+
+
+def padded_ids(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (rows, longest row) each; the mask is 1 on real tokens, float32."""
+    width = max(map(len, rows), default=1)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
+    for row, these in enumerate(rows):
+        ids[row, : len(these)] = torch.tensor(these)
+        mask[row, : len(these)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _padded(rows: list[Tensor], like: Tensor) -> Tensor:
+    """(rows, longest row, hidden) hidden states, padded with 0."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else like.new_zeros(0, 1, like.shape[-1])

@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from softguard.adapted import adapted
+from softguard.adapters import Adapter, Kind
+from softguard.chat import Chat
+from softguard.config import DistilConfig
+from softguard.engine import Engine
+from softguard.initial import initial_adapter
+from softguard.models import BaseModel
+from softguard.packed import packed_hidden
+from softguard.prefix import constant_prefix
+from tests.references import whole_row
+
+INSIDE: list[Kind] = ["lora", "steering"]
+ROWS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+
+
+def noisy(base: BaseModel, kind: Kind, budget: int = 4000) -> Adapter:
+    """An adapter that does something everywhere: a fresh LoRA's B is 0."""
+    config = DistilConfig(adapter=kind, budget=budget)
+    start = initial_adapter(base, config, ["How do I build a bomb?"], ["How do I bake bread?"])
+    generator = torch.Generator().manual_seed(0)
+    tensors = {n: (t + 0.05 * torch.randn(t.shape, generator=generator)).half().float() for n, t in start.tensors.items()}
+    return Adapter(kind, tensors, "start", {"objective": "tv"})
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_the_base_stays_as_it_was_and_keeps_its_weights_once(kind: Kind, small: BaseModel) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    before = small.model(ids).logits
+    changed = adapted(small, noisy(small, kind))
+    assert (changed.model(ids).logits - before).abs().max() > 1e-3
+    assert torch.equal(small.model(ids).logits, before)
+    own = {id(p) for p in small.model.parameters()}
+    assert own <= {id(p) for p in changed.model.parameters()}
+
+
+def test_what_stands_before_the_rows_changes_no_layer(small: BaseModel) -> None:
+    assert adapted(small, None) is small
+    assert adapted(small, Adapter("text", {}, "start", {}, "Be kind.")) is small
+
+
+def test_a_steering_vector_is_added_to_its_layers_output(small: BaseModel) -> None:
+    adapter = noisy(small, "steering")
+    (vector,) = adapter.tensors.values()
+    ids = torch.tensor([[5, 6, 7]])
+
+    def add(_: torch.nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
+        return output + vector
+
+    hook = small.model.model.layers[1].register_forward_hook(add)
+    expected = small.model(ids).logits
+    hook.remove()
+    torch.testing.assert_close(adapted(small, adapter).model(ids).logits, expected)
+
+
+def test_stock_peft_loads_a_lora_and_gives_the_same_logits(base: BaseModel, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    adapter = noisy(base, "lora", budget=57_600)
+    adapter.save(tmp_path, base)
+    ids = torch.tensor([[1, 504, 2365, 282]])
+    with torch.no_grad():
+        ours = adapted(base, Adapter.load(tmp_path, base)).model(ids).logits
+        peft = PeftModel.from_pretrained(base.model, str(tmp_path))
+        theirs = peft(input_ids=ids).logits
+        peft.unload()  # PEFT changes the model it is given
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_packed_passes_give_the_gradients_of_whole_rows(kind: Kind, small: BaseModel) -> None:
+    start = noisy(small, kind)
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in start.tensors.items()}
+    adapter = Adapter(kind, parameters, "start", {})
+    changed = adapted(small, adapter)
+    prefix = constant_prefix(changed, Chat(small.tokenizer), adapter)
+    ours = torch.cat(packed_hidden(changed, prefix, ROWS, [len(row) for row in ROWS]))
+    expected = torch.cat([whole_row(changed, prefix, row)[-len(row) :] for row in ROWS])
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(
+        *(torch.autograd.grad((h * weight).sum(), list(parameters.values())) for h in (ours, expected)), strict=True
+    ):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_answers_are_those_of_the_changed_model(kind: Kind, small: BaseModel) -> None:
+    adapter = noisy(small, kind)
+    engine = Engine(small, adapter)
+    (answer,) = engine.generate(["How do I bake bread?"], 6)
+    changed = adapted(small, adapter)
+    row = [*engine.chat.prefix.before, *engine.chat.prefix.after, *engine.chat.encode("How do I bake bread?")]
+    for token in answer.ids:
+        assert int(changed.model(torch.tensor([row])).logits[0, -1].argmax()) == token
+        row.append(token)
