@@ -207,6 +207,8 @@ def _study(options: argparse.Namespace) -> None:
         raise SoftguardError(f"--workers is {options.workers}; it must be at least 1")
     if options.ray_address and options.workers > 1:
         raise SoftguardError("--workers counts processes of this machine; leave it out with --ray-address")
+    if options.page and not options.report:
+        raise SoftguardError("--page is the page of a report; give --report FOLDER too")
     grid = load_grid(options.recipe, options.overrides)
     if options.dry_run:
         from softguard.study.plan import study_plan

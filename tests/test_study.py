@@ -352,6 +352,17 @@ def test_the_dry_run_lists_the_cells_and_writes_nothing(
     assert "no estimate: some/hub-id" in capsys.readouterr().out
 
 
+def test_the_command_writes_the_report_of_what_is_there(
+    done: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["study", str(done[0]), "--out", str(done[1].parent)]
+    assert main([*command, "--report", str(tmp_path / "report"), "--page", str(tmp_path / "page.md")]) == 0
+    assert "| ours | small | asked-benign | safe system |" in (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert main([*command, "--report", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "study.md").is_file()
+    assert "give --report" in refused(capsys, *command, "--page", tmp_path / "page.md")
+
+
 def test_a_table_that_is_missing_or_another_s_is_refused(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
