@@ -94,7 +94,7 @@ class Arm:
     @property
     def trials(self) -> tuple[Cell, ...]:
         """The cells among which the learning rate is chosen; a single rate needs no trial."""
-        return self.cells[0] if len(self.cells[0]) > 1 else ()
+        return self.cells[0] if self.cells and len(self.cells[0]) > 1 else ()
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,10 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
                         for seed in seeds
                     )
                 )
+                if arm.trials and not arm.trials[0].recipe.distil.steps:
+                    raise SoftguardError(
+                        f"{row}: with distil.steps 0 there is no learning rate to choose; leave learning_rates out"
+                    )
                 if arm.cells:
                     arms.append(arm)
     if not arms:
