@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     distil = _command(commands, "distil", _distil, "corpus to adapter: train it")
     distil.add_argument("--corpus", type=Path, required=True, help="folder that `teach` made")
     distil.add_argument("--out", type=Path, required=True, help="folder of the adapter; holds the checkpoint while it trains")
+    distil.add_argument("--track", metavar="NAME", help="also log to tensorboard, wandb, trackio, …, if installed")
 
     evaluate = _command(commands, "evaluate", _evaluate, "measure base, safe system and, given an adapter, base + adapter")
     evaluate.add_argument("--adapter", type=Path, help="folder that `distil` made")
@@ -164,9 +166,10 @@ def _teach(options: argparse.Namespace) -> None:
 def _distil(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     from softguard.corpus import Corpus
-    from softguard.distill import distil
+    from softguard.distill import Step, distil
     from softguard.estimate import distil_plan
     from softguard.progress import Steps
+    from softguard.tracking import Tracker
 
     Corpus.open(options.corpus)  # before the model is loaded for nothing
     base = _base(recipe)
@@ -174,8 +177,16 @@ def _distil(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(distil_plan(recipe, corpus, base))
         return
-    with Steps(recipe.distil.steps) as steps:
-        adapter = distil(recipe, corpus, options.out, base, steps)
+    with ExitStack() as open_:
+        listeners: list[Callable[[Step], None]] = [open_.enter_context(Steps(recipe.distil.steps))]
+        if options.track:
+            listeners.append(open_.enter_context(Tracker(options.track, options.out, recipe)))
+
+        def told(step: Step) -> None:
+            for listen in listeners:
+                listen(step)
+
+        adapter = distil(recipe, corpus, options.out, base, told)
     print(f"{adapter.description}, in {options.out}")
 
 

@@ -27,8 +27,8 @@ from softguard.initial import initial_adapter
 from softguard.models import BaseModel
 from softguard.objectives import PAIRED, Batch, find_objective
 from softguard.passes import Passes, Probe, probe
-from softguard.policy import POLICY, Rollouts, draw, losses
 from softguard.prompts import thin
+from softguard.rollouts import ON_POLICY, Rollouts, draw, losses
 
 _CONTRAST = 64  # prompts of each sort whose difference a steering vector starts from
 _VALUE_RATE = 1e-3  # learning rate of ppo's value head
@@ -81,6 +81,10 @@ def time_step(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> flo
     return time.perf_counter() - begin
 
 
+def _silent(step: Step) -> None:
+    """Other processes than the first tell nothing."""
+
+
 def _start(recipe: Recipe, corpus: Corpus, base: BaseModel) -> Adapter:
     """The adapter before its first step."""
     refused: list[str] = []
@@ -114,15 +118,15 @@ class _Trainer:
         from transformers import get_cosine_schedule_with_warmup
 
         self.recipe, self.config, self.corpus, self.out, self.base = recipe, recipe.distil, corpus, out, base
-        self.policy = self.config.objective in POLICY
-        if not self.policy:
-            self.objective = find_objective(self.config.objective, POLICY)
+        self.on_policy = self.config.objective in ON_POLICY
+        if not self.on_policy:
+            self.objective = find_objective(self.config.objective, ON_POLICY)
         self.safe_weight, self.drift_weight = self.config.weights
         self.accelerator = Accelerator(cpu=base.device.type == "cpu")
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
-        if self.policy and self.processes > 1:
+        if self.on_policy and self.processes > 1:
             raise SoftguardError(f"objective {self.config.objective} draws its own answers; run it in one process")
-        if self.policy:
+        if self.on_policy:
             self.guard = guard or load_guard(recipe.system.guard)
         start = _start(recipe, corpus, base)
         self.student = replace(start, tensors={k: torch.nn.Parameter(v) for k, v in start.tensors.items()})
@@ -132,8 +136,9 @@ class _Trainer:
         if self.config.objective == "ppo":
             groups.append({"params": [self.value_head], "lr": _VALUE_RATE})
         optimiser = torch.optim.Adam(groups, lr=self.config.learning_rate, betas=(0.9, 0.98), eps=1e-7)
-        schedule = get_cosine_schedule_with_warmup(optimiser, self.config.warmup, self.config.steps)
-        self.optimiser, self.schedule = self.accelerator.prepare(optimiser, schedule)
+        # The schedule is not prepared: accelerate would step it once a process.
+        self.schedule = get_cosine_schedule_with_warmup(optimiser, self.config.warmup, self.config.steps)
+        self.optimiser = self.accelerator.prepare(optimiser)
         self.best = self._now()
         self.best_loss, self.since_best, self.step = float("inf"), 0, 0
         self.settings = _settings(recipe, corpus, base)
@@ -147,6 +152,8 @@ class _Trainer:
 
     def run(self, progress: Callable[[Step], None]) -> Adapter:
         self._resume()
+        if self.rank:
+            progress = _silent
         for line in self.log:
             progress(Step(**json.loads(line)))
         batches = _batches(self.corpus.refusal_rates("train"), self.config.batch_size, self.recipe.seed)
@@ -176,7 +183,7 @@ class _Trainer:
     def _train_step(self, indices: list[int], epoch: int) -> Step:
         examples = sorted(self.corpus.examples("train", indices), key=lambda e: len(e.prompt))
         safe = refusal = 0.0
-        if self.policy:
+        if self.on_policy:
             rollouts = self._draw(examples, self.step + 1)
             for loss in losses(self.config.objective, self.passes, rollouts, self.value_head, self.config.beta):
                 self.optimiser.zero_grad()
@@ -240,7 +247,7 @@ class _Trainer:
             examples = self.corpus.examples("validation", indices[start : start + self.config.batch_size])
             batch, first = self._batch(examples, 0, take, pairs=False)
             probes.append(probe(batch, first))
-            if self.policy:
+            if self.on_policy:
                 safe -= float(self._draw(examples, 0).reward.sum()) / take
                 continue
             if self.config.objective in PAIRED:

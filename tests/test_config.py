@@ -54,7 +54,7 @@ def changes(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         elif isinstance(value, str):
             options = [(name + field.name, value + "x")]
         elif isinstance(value, tuple):
-            options = [(name + field.name, value[::-1]), (name + field.name, value[:-1])]
+            options = [(name + field.name, other) for other in ((value[::-1], value[:-1]) if value else (("x",), ("x", "y")))]
         else:
             other = value / 2 if isinstance(value, float) else value + 1 if value is not None else 0.125
             options = [(name + field.name, other)]

@@ -15,9 +15,9 @@ from softguard.distill import _batches, _Trainer, distil, time_step
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
 from softguard.objectives import OBJECTIVES
-from softguard.policy import POLICY
+from softguard.rollouts import ON_POLICY
 from softguard.system import SafeSystem
-from tests.commands import softguard, softguard_killed
+from tests.commands import run_module, softguard, softguard_killed
 
 SETTINGS = [
     "teach.max_new_tokens=4", "teach.shard_size=16", "system.guard=tests.guards_for_tests:by_word", "distil.n_soft=4",
@@ -110,7 +110,7 @@ def shallow(base: BaseModel) -> BaseModel:
 
 
 @pytest.mark.parametrize("adapter", ["lora", "soft_prompt"])
-@pytest.mark.parametrize("objective", POLICY)
+@pytest.mark.parametrize("objective", ON_POLICY)
 def test_objectives_that_draw_their_own_answers_earn_more_reward(
     objective: str, adapter: str, prompts: Path, shallow: BaseModel, tmp_path: Path
 ) -> None:
@@ -131,6 +131,21 @@ def test_an_adapter_without_steps_is_saved_as_it_starts(
     trained = distil(recipe(prompts, f"distil.adapter={adapter}", "distil.steps=0"), corpus, tmp_path, small)
     assert (trained.kind, trained.facts["steps"], trained.facts["objective"]) == (adapter, 0, "untrained")
     assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_two_processes_end_with_the_adapter_of_one(
+    prompts: Path, corpus: Corpus, small: BaseModel, small_folder: Path, tmp_path: Path
+) -> None:
+    wanted = [f"teach.prompts={prompts}", f"teach.validation={prompts}", *SETTINGS, f"model.name={small_folder}"]
+    overrides = [item for o in wanted for item in ("--set", o)]
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "softguard.cli"]
+    out = tmp_path / "two"
+    done = run_module(*launch, "distil", *overrides, "--corpus", corpus.folder, "--out", out)
+    assert done.returncode == 0, done.stderr
+    alone = distil(recipe(prompts, f"model.name={small_folder}"), corpus, tmp_path / "one", small)
+    torch.testing.assert_close(Adapter.load(out, small).vectors, alone.vectors, rtol=0, atol=1e-4)
+    assert [line["step"] for line in log_of(out)] == [line["step"] for line in log_of(tmp_path / "one")]
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(

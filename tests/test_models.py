@@ -85,3 +85,21 @@ def test_a_head_whose_logits_are_changed_afterwards_is_refused(
     monkeypatch.setattr(small.model.config, setting, 30.0, raising=False)
     with pytest.raises(SoftguardError, match=setting):
         _ = small.head
+
+
+@pytest.mark.parametrize(("quantize", "levels"), [("q8_0", 256), ("q4_0", 16), ("q4_1", 16)])
+def test_quantised_weights_have_few_levels_a_block_and_are_another_model(
+    quantize: str, levels: int, small: BaseModel, small_folder: Path
+) -> None:
+    full, rounded = load_base(str(small_folder)), load_base(str(small_folder), quantize=quantize)
+    for before, after in zip(full.model.model.layers, rounded.model.model.layers, strict=True):
+        for name in ("q_proj", "v_proj"):
+            old, new = getattr(before.self_attn, name).weight, getattr(after.self_attn, name).weight
+            blocks, kept = old.reshape(-1, 32), new.reshape(-1, 32)
+            assert max(len(block.unique()) for block in kept) <= levels
+            widest = (blocks.amax(-1) - blocks.amin(-1)).clamp(min=1e-6)
+            # half a level of the block's scale; q4_0 and q8_0 are symmetric about 0, which costs them up to a whole one
+            assert ((kept - blocks).abs().amax(-1) <= 1.1 * 2 * blocks.abs().amax(-1) / levels).all()
+            assert ((kept - blocks).abs().amax(-1) / widest).max() > 0
+    assert rounded.fingerprint != full.fingerprint
+    assert torch.equal(rounded.model.lm_head.weight, full.model.lm_head.weight)  # as on devices, the head keeps its precision

@@ -138,21 +138,43 @@ def expected_paper(case: Case, length: Length, gated: bool) -> tuple[float, floa
     return safe / case.prompts, refusal / case.prompts
 
 
+def log_likelihoods(case: Case) -> list[list[float]]:
+    return [[math.log(q[t][y[t]]) for t in range(n)] for q, y, n in zip(case.student, case.response, case.lengths, strict=True)]
+
+
+def expected_perplexity(case: Case, length: Length) -> tuple[float, float]:
+    rows = zip(case.p_safe, log_likelihoods(case), strict=True)
+    return -sum(alpha * average(row, length) for alpha, row in rows) / case.prompts, 0.0
+
+
+def expected_sft(case: Case, length: Length) -> tuple[float, float]:
+    answers = list(zip(case.p_safe, log_likelihoods(case), strict=True))
+    refusals = [(u, [math.log(v) for v in r]) for u, r in zip(case.refusal_rate, case.refusal, strict=True)]
+    weighted = [sum(weight * sum(row) for weight, row in rows) for rows in (answers, refusals)]
+    tokens = sum(weight * len(row) for weight, row in answers + refusals)
+    rows = sum(weight for weight, _ in answers + refusals)
+    scale = rows / tokens if length == "mean" else 1.0
+    return -scale * weighted[0] / case.prompts, -scale * weighted[1] / case.prompts
+
+
 EXPECTED: dict[str, Callable[[Case, Length], tuple[float, float]]] = {
     "tv": partial(expected_decided, divergence=plain_tv),
     "jsd": partial(expected_decided, divergence=plain_jsd),
     "kl": expected_kl,
     "tv-paper": partial(expected_paper, gated=True),
     "kl-paper": partial(expected_paper, gated=False),
+    "perplexity": expected_perplexity,
+    "sft": expected_sft,
 }
+DIVERGENCES = ["tv", "jsd", "kl", "tv-paper", "kl-paper"]  # those whose minimum is the system
 
 
 def test_every_objective_is_compared_with_its_equation() -> None:
-    assert set(OBJECTIVES) == set(EXPECTED)
+    assert set(OBJECTIVES) == {*EXPECTED, "dpo"}
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.parametrize("seed", range(5))
 def test_objective_is_its_equation(seed: int, name: str, length: Length) -> None:
     case = make_case(seed)
@@ -161,7 +183,7 @@ def test_objective_is_its_equation(seed: int, name: str, length: Length) -> None
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_gradients_match_finite_differences(name: str, length: Length) -> None:
     batch = to_batch(make_case(0))
 
@@ -174,7 +196,7 @@ def test_gradients_match_finite_differences(name: str, length: Length) -> None:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_padding_changes_nothing(name: str, length: Length) -> None:
     batch = to_batch(make_case(0))
     other = torch.randn(batch.student.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).log_softmax(-1)
@@ -188,7 +210,7 @@ def test_padding_changes_nothing(name: str, length: Length) -> None:
     assert objective(changed, length).safe.item() == pytest.approx(objective(batch, length).safe.item())
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_micro_batches_add_up_to_the_batch(name: str) -> None:
     batch = to_batch(make_case(0))
     objective = find_objective(name)
@@ -386,20 +408,20 @@ def test_token_mean_inflates_refusals_as_derived(alpha: float, y_tokens: int, r_
     assert best_refusal("kl-paper", "mean", alpha, y_tokens, r_tokens) == pytest.approx(optimum, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize(("alpha", "y_tokens", "r_tokens"), [(0.5, 20, 4), (0.9, 100, 10), (0.3, 3, 7)])
 def test_summed_log_probabilities_are_calibrated(name: str, alpha: float, y_tokens: int, r_tokens: int) -> None:
     assert best_refusal(name, "sum", alpha, y_tokens, r_tokens) == pytest.approx(1 - alpha, abs=1e-4)
 
 
 @pytest.mark.parametrize("alpha", [0.02, 0.5, 0.98])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_the_system_itself_has_no_loss(name: str, alpha: float) -> None:
     losses = find_objective(name)(two_answers(1 - alpha, alpha, 5, 3), "sum")
     assert (losses.safe + losses.refusal).item() == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_a_student_off_the_system_has_a_loss(name: str) -> None:
     for refuse in (0.1, 0.9):
         losses = find_objective(name)(two_answers(refuse, 0.5, 5, 3), "sum")
@@ -416,7 +438,7 @@ def sure_batch(alpha: float, rate: float) -> Batch:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_without_refusals_the_refusal_branch_has_neither_loss_nor_gradient(name: str, length: Length) -> None:
     batch = sure_batch(1.0, 0.0)
     losses, gradient = find_objective(name)(batch, length), gradients(name, batch, length)
@@ -428,7 +450,7 @@ def test_without_refusals_the_refusal_branch_has_neither_loss_nor_gradient(name:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_without_answers_the_response_has_no_gradient(name: str, length: Length) -> None:
     batch = sure_batch(0.0, 1.0)
     gradient = gradients(name, batch, length)
@@ -440,7 +462,7 @@ def test_without_answers_the_response_has_no_gradient(name: str, length: Length)
     assert gradient.refusal.any()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_sure_systems_have_no_loss_at_themselves_but_the_clamp(name: str) -> None:
     for alpha in (0.0, 1.0):
         refuse = min(max(1 - alpha, 1e-12), 1 - 1e-12)
@@ -475,7 +497,7 @@ def test_tv_of_a_response_guard_asks_for_answers_no_more_often_than_its_system_g
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_impossible_log_probabilities_leave_losses_and_gradients_finite(name: str, length: Length) -> None:
     batch = to_batch(make_case(0))
     logits = torch.zeros(3, 4, 5)
@@ -503,7 +525,7 @@ def test_impossible_log_probabilities_leave_losses_and_gradients_finite(name: st
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_a_batch_without_answers_has_the_refusals_loss_alone(name: str, length: Length) -> None:
     batch = to_batch(make_case(0))
     empty = batch._replace(
@@ -518,7 +540,7 @@ def test_a_batch_without_answers_has_the_refusals_loss_alone(name: str, length: 
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_a_batch_without_refusals_has_the_answers_loss_alone(name: str, length: Length) -> None:
     batch = to_batch(make_case(0))
     empty = batch._replace(refusal=batch.refusal[:0], refusal_rate=batch.refusal_rate[:0])
@@ -528,10 +550,50 @@ def test_a_batch_without_refusals_has_the_answers_loss_alone(name: str, length: 
     assert gradient.student.any()
 
 
+def paired(seed: int) -> tuple[Case, Batch]:
+    """Two prompts with both answers, and the base's log-probabilities of the refusals."""
+    case = make_case(seed)
+    two = {field: getattr(case, field)[:2] for field in ("teacher", "student", "response", "lengths", "p_safe")}
+    case = case._replace(**two, refusal_rate=[1 - p for p in case.p_safe[:2]], prompts=2)
+    base = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed + 50), dtype=torch.float64)
+    teacher = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    case = case._replace(teacher=(teacher / teacher.sum(-1, keepdim=True)).tolist())
+    return case, to_batch(case)._replace(base_refusal=torch.nn.functional.logsigmoid(base), beta=0.3)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("seed", range(3))
+def test_dpo_is_its_equation(seed: int, length: Length) -> None:
+    case, batch = paired(seed)
+    assert batch.base_refusal is not None
+    base_refusal = batch.base_refusal.tolist()
+    safe = refusal = 0.0
+    for i, (alpha, n) in enumerate(zip(case.p_safe, case.lengths, strict=True)):
+        y = case.response[i]
+        answer = average([math.log(case.student[i][t][y[t]] / case.teacher[i][t][y[t]]) for t in range(n)], length)
+        refused = average([math.log(a) - b for a, b in zip(case.refusal[i], base_refusal[i], strict=True)], length)
+        margin = 0.3 * (answer - refused)
+        safe -= alpha * math.log(1 / (1 + math.exp(-margin))) / 2
+        refusal -= (1 - alpha) * math.log(1 / (1 + math.exp(margin))) / 2
+    losses = find_objective("dpo")(batch, length)
+    assert (losses.safe.item(), losses.refusal.item()) == pytest.approx((safe, refusal))
+
+
+def test_dpo_at_the_base_is_undecided() -> None:
+    _, batch = paired(0)
+    losses = find_objective("dpo")(batch._replace(student=batch.teacher, base_refusal=batch.refusal), "sum")
+    assert (losses.safe + losses.refusal).item() == pytest.approx(math.log(2))
+
+
+def test_dpo_of_batches_without_pairs_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="pairs"):
+        find_objective("dpo")(to_batch(make_case(0)), "sum")
+
+
 def test_unknown_objective_names_the_known_ones() -> None:
     with pytest.raises(SoftguardError, match=r"'tv_paper' is unknown; use one of tv, jsd, kl, tv-paper, kl-paper"):
         find_objective("tv_paper")
 
 
 def test_objectives_are_found_by_name() -> None:
-    assert [find_objective(name) for name in OBJECTIVES] == [tv, jsd, kl, tv_paper, kl_paper]
+    assert [find_objective(name) for name in DIVERGENCES] == [tv, jsd, kl, tv_paper, kl_paper]

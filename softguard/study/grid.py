@@ -109,7 +109,7 @@ class Grid:
 def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     """Read a study recipe. Raises SoftguardError for an unknown key or name, a wrong type, or a grid without cells."""
     from softguard.objectives import find_objective
-    from softguard.policy import POLICY
+    from softguard.rollouts import ON_POLICY
 
     values = overridden(read_values(path), overrides)
     study = build(StudyRecipe, values).study
@@ -144,8 +144,8 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     if not arms:
         raise SoftguardError(f"the grid of {path} has no cells; name study.adapters with study.objectives, or study.rows")
     for name in dict.fromkeys(arm.cells[0][0].recipe.distil.objective for arm in arms):
-        if name not in POLICY:
-            find_objective(name, POLICY)
+        if name not in ON_POLICY:
+            find_objective(name, ON_POLICY)
     _check_places(cell for arm in arms for cells in arm.cells for cell in cells)
     return Grid(grounds, tuple(arms), study.pareto)
 

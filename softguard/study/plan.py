@@ -52,6 +52,8 @@ def _line(arm: Arm) -> str:
     rates = ", ".join(f"{cell.recipe.distil.learning_rate:g}" for cell in arm.cells[0])
     seeds = ", ".join(str(cells[0].recipe.seed) for cells in arm.cells)
     distil = first.recipe.distil
+    if not distil.steps:
+        return f"{first.row}, length {distil.n_soft}: not trained"
     return f"{first.row}, length {distil.n_soft}: {distil.steps} steps, rates {rates}, seeds {seeds}"
 
 

@@ -15,7 +15,7 @@ from softguard.engine import Engine
 from softguard.guards import Guard, response_safety
 from softguard.passes import Passes, padded_ids
 
-POLICY = ("reinforce", "ppo")
+ON_POLICY = ("reinforce", "ppo")
 CLIP, GAMMA, LAMBDA = 0.2, 1.0, 0.95  # B.3
 UPDATES = 4  # of one batch of answers, by ppo
 _VALUE_WEIGHT = 0.1  # of the value head's squared error beside the policy's loss

@@ -3,7 +3,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from softguard.policy import CLIP, GAMMA, LAMBDA, Rollouts, advantages, ppo, reinforce, token_rewards
+from softguard.rollouts import CLIP, GAMMA, LAMBDA, Rollouts, advantages, ppo, reinforce, token_rewards
 
 
 def generator(seed: int = 0) -> torch.Generator:
