@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.record import alternate, arguments, keep, machine
 from softguard.divergences import selected, token_jsd, token_kl, token_tv
-from softguard.kernels import log_law, per_token, per_token_between
+from softguard.kernels import log_law, per_token_between, selected_log_probs
 
 HIDDEN = 576
 VOCABULARIES = (49_152, 151_936, 262_144)
@@ -79,7 +79,7 @@ def measure(kernel: str, vocabulary: int, dtype: str, tokens: int, rounds: int) 
 def ours(kernel: str) -> Values:
     def values(student: Tensor, teacher: Tensor, head: Tensor, ids: Tensor) -> Tensor:
         if kernel == "selected":
-            return per_token(lambda log_q, at: selected(log_q, ids[at]), student, head)
+            return selected_log_probs(student, ids, head)
         divergence = {"tv": token_tv, "kl": token_kl, "jsd": token_jsd}[kernel]
         return per_token_between(divergence, teacher, student, head)
 

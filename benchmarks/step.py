@@ -8,8 +8,8 @@ of ours runs the base. "products" replays the matrix products our step made, sha
 """
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -104,6 +104,7 @@ class _Answers:
 
     all: list[Example]
     fingerprint: str = ""
+    manifest: Mapping[str, list[str]] = field(default_factory=lambda: {"refusals": ["No."]})
 
     def examples(self, split: str, indices: list[int]) -> list[Example]:
         return [self.all[i] for i in indices]

@@ -73,24 +73,12 @@ def attend(
         kp, vp = (torch.cat([x, own], dim=1) for x, own in zip(before, (kp, vp), strict=True))
     scores = (qp @ kp.mT).view(groups, -1, at.prefix, kp.shape[1]) + at.causal
     wp = scores.softmax(-1).flatten(1, 2)  # sums are float32 whatever goes in and out
-    out, wr = _attend_rows(qr, kp, vp, kr, vr, at.own)
+    qr, kr, vr = qr.flatten(0, 1).flatten(1, 2), _seen(kp, kr), _seen(vp, vr)
+    scores = (qr @ kr.mT).view(groups, at.rows, -1, at.width, kr.shape[1])
+    scores[..., kp.shape[1] :].add_(at.own)
+    wr = scores.softmax(-1).flatten(0, 1).flatten(1, 2)
+    out = (wr @ vr).view(*scores.shape[:-1], -1)
     return flat_of(wp @ vp, out, at), (qp, kp, vp, qr, kr, vr, wp, wr)
-
-
-def _attend_rows(q: Tensor, kp: Tensor, vp: Tensor, k: Tensor, v: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of scaled queries q (groups, B, heads a group, Q, width) to the prefix's kp, vp (groups, P, width) and to the
-    keys and values k, v (groups, B, 1, T, width) of their own row, to whose scores `own` is added.
-
-    Returns what is like q, and the attention's weights (groups, B, heads a group, Q, P + T).
-    """
-    prefix, mine = kp.shape[1], (*q.shape[:2], -1, q.shape[-1])
-    scores = q.new_empty(*q.shape[:-1], prefix + k.shape[3])
-    scores[..., :prefix] = (q.flatten(1, 3) @ kp.mT).view(*q.shape[:-1], prefix)
-    k, v = k.flatten(0, 2), v.flatten(0, 2)
-    torch.add((q.reshape(mine).flatten(0, 1) @ k.mT).view(*q.shape[:-1], -1), own, out=scores[..., prefix:])
-    weights = scores.softmax(-1)
-    out = (weights[..., :prefix].flatten(1, 3) @ vp).view(q.shape)
-    return out.add_((weights[..., prefix:].flatten(0, 1).flatten(1, 2) @ v).view(q.shape)), weights
 
 
 def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at: Layout) -> tuple[Tensor, ...]:
@@ -101,29 +89,28 @@ def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at
     groups, seen = kp.shape[:2]
     gp, gr = _prefix(gradient, groups, at), rows_of(gradient, groups, at)
     gr.view(-1, gr.shape[-1]).index_fill_(0, at.order(gradient.shape[1], groups).pads, 0)  # padding asks for nothing
+    shape, gr = gr.shape, gr.flatten(0, 1).flatten(1, 2)
     sp = torch._softmax_backward_data(gp @ vp.mT, wp, -1, wp.dtype)
-    inner = torch.empty_like(wr)
-    inner[..., :seen] = (gr.flatten(1, 3) @ vp.mT).view(*gr.shape[:-1], seen)
-    flat_q, flat_k, flat_v, flat_g = (
-        qr.flatten(0, 1).flatten(1, 2),
-        kr.flatten(0, 2),
-        vr.flatten(0, 2),
-        gr.flatten(0, 1).flatten(1, 2),
-    )
-    inner[..., seen:] = (flat_g @ flat_v.mT).view(*gr.shape[:-1], at.width)
-    sr = torch._softmax_backward_data(inner, wr, -1, wr.dtype)
-    s_seen, s_own = sr[..., :seen].flatten(1, 3), sr[..., seen:].flatten(0, 1).flatten(1, 2)
-    w_seen, w_own = wr[..., :seen].flatten(1, 3), wr[..., seen:].flatten(0, 1).flatten(1, 2)
-    dq = (s_seen @ kp).view(qr.shape).add_((s_own @ flat_k).view(qr.shape))
-    dk = torch.baddbmm(sp.mT @ qp, s_seen.mT, qr.flatten(1, 3))
-    dv = torch.baddbmm(wp.mT @ gp, w_seen.mT, gr.flatten(1, 3))
+    sr = torch._softmax_backward_data(gr @ vr.mT, wr, -1, wr.dtype)
+    dq = (sr @ kr).view(shape)
+    dk, dv = ((x.mT @ y).view(groups, at.rows, 1, -1, shape[-1]) for x, y in ((sr, qr), (wr, gr)))
+    dkp = (sp.mT @ qp).add_(dk[..., :seen, :].sum(1).squeeze(1))
+    dvp = (wp.mT @ gp).add_(dv[..., :seen, :].sum(1).squeeze(1))
     return (
         flat_of(sp @ kp, dq, at).mul_(scaling),
-        flat_of(dk[:, at.before :], (s_own.mT @ flat_q).view(kr.shape), at),
-        flat_of(dv[:, at.before :], (w_own.mT @ flat_g).view(vr.shape), at),
-        dk[:, : at.before],
-        dv[:, : at.before],
+        flat_of(dkp[:, at.before :], dk[..., seen:, :], at),
+        flat_of(dvp[:, at.before :], dv[..., seen:, :], at),
+        dkp[:, : at.before],
+        dvp[:, : at.before],
     )
+
+
+def _seen(prefix: Tensor, rows: Tensor) -> Tensor:
+    """Keys or values that rows see, (groups · B, P + T, width): the prefix's (groups, P, width), their own as of `rows_of`.
+
+    They are few beside the scores: copying the prefix for every row spares cutting the scores in two.
+    """
+    return torch.cat([prefix[:, None].expand(-1, rows.shape[1], -1, -1), rows.squeeze(2)], dim=2).flatten(0, 1)
 
 
 def _prefix(x: Tensor, groups: int, at: Layout) -> Tensor:

@@ -37,6 +37,33 @@ class Prefix:
     after: tuple[int, ...]
 
 
+class PlainText:
+    """Encodes text of users and models so that no control token can come out of it.
+
+    `control` matches the control tokens, longest first; none for a tokenizer without any.
+    """
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        """`template`: text whose added tokens count as control tokens even where the tokenizer does not mark them special."""
+        self._tokenizer = tokenizer
+        # Special tokens, and added tokens the template itself uses (Qwen's <tool_call> is not marked special).
+        control = {
+            str(token)
+            for token in tokenizer.added_tokens_decoder.values()
+            if len(str(token)) > 1 and (token.special or str(token) in template)
+        }
+        longest_first = sorted(control, key=len, reverse=True)
+        self.control = re.compile("|".join(map(re.escape, longest_first))) if control else None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; a control token spelt in it is cut after its first character and the parts are encoded apart."""
+        cuts = [0, *(m.start() + 1 for m in self.control.finditer(text)), len(text)] if self.control else [0, len(text)]
+        ids: list[int] = []
+        for start, end in pairwise(cuts):
+            ids += self._tokenizer.encode(text[start:end], add_special_tokens=False)
+        return ids
+
+
 class Chat:
     """A tokenizer's chat template, taken apart into constant and variable pieces."""
 
@@ -52,15 +79,7 @@ class Chat:
             raise SoftguardError(f"slot is {slot!r}; it must be start or system")
         self.tokenizer = tokenizer
         self.slot: Slot = slot
-        template = str(tokenizer.chat_template)
-        # Special tokens, and added tokens the template itself uses (Qwen's <tool_call> is not marked special).
-        control = {
-            str(token)
-            for token in tokenizer.added_tokens_decoder.values()
-            if len(str(token)) > 1 and (token.special or str(token) in template)
-        }
-        longest_first = sorted(control, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first))) if control else None
+        self._plain = PlainText(tokenizer, str(tokenizer.chat_template))
 
         opening, closing = self._fixed([Turn("user", "")], answer=False)
         system_header = self._around_system()[0] if slot == "system" else ""
@@ -95,15 +114,8 @@ class Chat:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def plain_ids(self, text: str) -> list[int]:
-        """Encode text of a user or a model so that no control token can come out of it.
-
-        A control token spelt in the text is cut after its first character and the parts are encoded apart.
-        """
-        cuts = [0, *(m.start() + 1 for m in self._control.finditer(text)), len(text)] if self._control else [0, len(text)]
-        ids: list[int] = []
-        for start, end in pairwise(cuts):
-            ids += self.tokenizer.encode(text[start:end], add_special_tokens=False)
-        return ids
+        """Encode text of a user or a model so that no control token can come out of it, see `PlainText`."""
+        return self._plain.encode(text)
 
     def _template_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from softguard.errors import SoftguardError
+from softguard.named import is_named
 
 DEFAULT_INSTRUCTION = (
     "If the request is harmful, illegal, hateful, dangerous or invades somebody's privacy, refuse. "
@@ -37,14 +38,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class SystemConfig:
-    """The safe LLM system that is distilled: base model, guard and refusal."""
+class Action:
+    """What the system does with an answer that its guard rejects for one category."""
 
-    guard: str = "bundled"  # "bundled", a folder with card.json, or "package.module:callable"
+    action: Literal["refuse", "keep", "redact", "call"] = "refuse"
+    refusal: str | None = None  # of refuse; none: the system's
+    function: str | None = None  # of call: "package.module:function", f(prompt, response) -> what is said instead
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """The safe LLM system that is distilled: base model, guard, refusal and policy."""
+
+    guard: str = "bundled"  # "bundled", a folder with card.json, or another spec of `guards.load_guard`
     mode: Literal["prompt", "response"] = "prompt"  # what the guard reads
     decision: Literal["threshold", "probabilistic"] = "threshold"
     threshold: float | None = None  # p(safe) below it is refused; none: the guard's own
     refusal: str = "Sorry, I cannot help with this matter."
+    policy: Mapping[str, Action] = field(default_factory=dict)  # category -> action; of all others the refusal
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,15 @@ class Recipe:
             )
         if not self.system.refusal.strip():
             raise SoftguardError("system.refusal is empty; give the text of the refusal")
+        for category, wanted in self.system.policy.items():
+            key = f"system.policy.{category}"
+            if wanted.refusal is not None and (wanted.action != "refuse" or not wanted.refusal.strip()):
+                raise SoftguardError(f"{key}.refusal is {wanted.refusal!r}; it must be some text, and its action refuse")
+            if (wanted.function is None) == (wanted.action == "call") or not is_named(wanted.function or "x:y"):
+                raise SoftguardError(
+                    f"{key}.function is {wanted.function!r} and its action {wanted.action}; action call, and no other, takes "
+                    "a function, as package.module:function"
+                )
 
 
 def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
@@ -253,6 +273,8 @@ def fingerprint(*configs: Any) -> str:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -278,6 +300,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _convert(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type[Any], hint), value, key + ".")
+    if typing.get_origin(hint) in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise SoftguardError(f"{key} is {value!r}; it must be a section")
+        return {str(name): _convert(typing.get_args(hint)[1], inner, f"{key}.{name}") for name, inner in value.items()}
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value
@@ -285,10 +311,6 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if typing.get_origin(hint) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(typing.get_args(hint)[0], item, key) for item in items)
-    if typing.get_origin(hint) is dict:
-        if not isinstance(value, Mapping):
-            raise SoftguardError(f"recipe key {key} must be a section, not {value!r}")
-        return {str(name): _convert(typing.get_args(hint)[1], item, f"{key}.{name}") for name, item in value.items()}
     kinds = typing.get_args(hint) or (hint,)
     if float in kinds and isinstance(value, str):  # YAML 1.1 reads 5e-3 as text
         with contextlib.suppress(ValueError):

@@ -1,4 +1,5 @@
-"""The corpus: for each prompt K responses drawn from the base, what the guard says of them, and the refusal rate U(x).
+"""The corpus: for each prompt K responses drawn from the base, what the guard says of them, what the system says instead, and
+the refusal rate U(x).
 
 On disk: `manifest.json` beside one folder a split, each holding Parquet shards of `shard_size` prompts. A shard is written
 whole or not at all and holds nothing that depends on when or how often the drawing was interrupted; a killed run resumes at
@@ -20,14 +21,14 @@ import torch
 from torch import Tensor
 
 from softguard.config import Recipe, fingerprint
-from softguard.engine import Engine
+from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
 from softguard.files import read_json, write_file, write_json
 from softguard.models import BaseModel
 from softguard.prompts import Prompt, read_prompts
 from softguard.system import SafeSystem
 
-VERSION = 2
+VERSION = 3
 _ROW_GROUP = 32  # prompts; what reading one example costs
 _SCHEMA = pa.schema(
     [
@@ -42,6 +43,8 @@ _SCHEMA = pa.schema(
                         ("ids", pa.list_(pa.int32())),
                         ("p_safe", pa.float64()),
                         ("keep", pa.float64()),
+                        ("category", pa.string()),
+                        ("instead", pa.list_(pa.int32())),  # empty where the response is kept for certain
                         ("hidden", pa.binary()),  # (tokens, hidden) bfloat16, or none
                     ]
                 )
@@ -58,6 +61,8 @@ class Draw(NamedTuple):
     p_safe: float  # what the guard said
     keep: float  # α, what the system makes of it
     hidden: Tensor | None = None  # (tokens, hidden) bfloat16, the base's last hidden states that predict `ids`
+    category: str = ""  # what the guard named, where a policy asked
+    instead: tuple[int, ...] = ()  # what the system says where it does not keep the response
 
 
 class Example(NamedTuple):
@@ -67,6 +72,15 @@ class Example(NamedTuple):
     label: str
     refusal_rate: float
     responses: tuple[Draw, ...]
+
+    @property
+    def refusals(self) -> dict[tuple[int, ...], float]:
+        """What the system says instead of the responses, and how often; the rates add up to U(x)."""
+        rates: dict[tuple[int, ...], float] = {}
+        for draw in self.responses:
+            if draw.instead:
+                rates[draw.instead] = rates.get(draw.instead, 0.0) + (1 - draw.keep) / len(self.responses)
+        return rates
 
 
 @dataclass(frozen=True)
@@ -156,11 +170,13 @@ def teach(
         "model": base.name,
         "base": base.fingerprint,
         "guard": system.guard.name,
+        "refusals": list(system.policy.refusals),
         "settings": fingerprint(
             base.fingerprint,
             system.guard.fingerprint,
             system.threshold,
             recipe.system,
+            system.policy.fingerprint,
             recipe.teach,
             recipe.seed,
             recipe.model.dtype,
@@ -240,8 +256,8 @@ def _draw(recipe: Recipe, shard: list[Prompt], engine: Engine, system: SafeSyste
     drawn = engine.generate(
         repeated, teach.max_new_tokens, teach.batch_size, teach.temperature, recipe.seed, count, teach.keep_hidden
     )
-    p_safe = system.p_safe(repeated, [response.text for response in drawn])
-    keep = system.keep(p_safe)
+    judged = system.judge(repeated, [response.text for response in drawn])
+    keep = judged.keep
     rows = []
     for i, prompt in enumerate(shard):
         own = range(i * k, i * k + k)
@@ -253,8 +269,10 @@ def _draw(recipe: Recipe, shard: list[Prompt], engine: Engine, system: SafeSyste
                 "responses": [
                     {
                         "ids": drawn[j].ids,
-                        "p_safe": float(p_safe[j]),
+                        "p_safe": float(judged.p_safe[j]),
                         "keep": float(keep[j]),
+                        "category": judged.categories[j],
+                        "instead": _instead(engine, system, drawn[j], judged.instead[j]) if keep[j] < 1 else [],
                         "hidden": _to_bytes(drawn[j].hidden),
                     }
                     for j in own
@@ -264,9 +282,24 @@ def _draw(recipe: Recipe, shard: list[Prompt], engine: Engine, system: SafeSyste
     return pa.Table.from_pylist(rows, _SCHEMA)
 
 
+def _instead(engine: Engine, system: SafeSystem, response: Response, text: str) -> list[int]:
+    """Ids of what is said instead; what is made of a response that was broken off is broken off, too."""
+    if text in system.policy.refusals or response.ids[-1] in engine.chat.stop_ids:
+        return engine.chat.encode_response(text)
+    return engine.chat.plain_ids(text)
+
+
 def _example(row: dict[str, Any]) -> Example:
     responses = tuple(
-        Draw(tuple(r["ids"]), r["p_safe"], r["keep"], _from_bytes(r["hidden"], len(r["ids"]))) for r in row["responses"]
+        Draw(
+            tuple(r["ids"]),
+            r["p_safe"],
+            r["keep"],
+            _from_bytes(r["hidden"], len(r["ids"])),
+            r["category"],
+            tuple(r["instead"]),
+        )
+        for r in row["responses"]
     )
     return Example(row["prompt"], row["label"], row["refusal_rate"], responses)
 

@@ -48,7 +48,12 @@ class Resident(NamedTuple):
 @torch.inference_mode()
 def make_resident(base: BaseModel, chat: Chat, adapter: Adapter | None) -> Resident:
     """Run the constant prefix with `adapter`, or without, and keep it."""
-    prefix = constant_prefix(base, chat, adapter)
+    return keep_prefix(base, constant_prefix(base, chat, adapter))
+
+
+@torch.inference_mode()
+def keep_prefix(base: BaseModel, prefix: ConstantPrefix) -> Resident:
+    """Run `prefix` and keep it."""
     if frozen.is_plain(base.model.get_decoder()):
         kept = _run_plain_prefix(base, prefix)
         return Resident(prefix.length, lambda prompts, new: _PlainRows.begin(base, kept, prompts, new))

@@ -26,7 +26,7 @@ from softguard.guards import Guard, load_guard
 from softguard.initial import initial_adapter
 from softguard.models import BaseModel
 from softguard.objectives import PAIRED, Batch, find_objective
-from softguard.passes import Passes, Probe, probe
+from softguard.passes import Passes, Probe
 from softguard.prompts import thin
 from softguard.rollouts import ON_POLICY, Rollouts, draw, losses
 
@@ -104,7 +104,7 @@ def _facts(recipe: Recipe, corpus: Corpus, base: BaseModel) -> dict[str, Any]:
     return {
         "objective": recipe.distil.objective,
         "length": recipe.distil.length,
-        "refusal": recipe.system.refusal,
+        "refusal": corpus.manifest["refusals"][0],
         "guard": corpus.manifest["guard"],
         "corpus": corpus.fingerprint,
         "settings": _settings(recipe, corpus, base),
@@ -130,7 +130,7 @@ class _Trainer:
             self.guard = guard or load_guard(recipe.system.guard)
         start = _start(recipe, corpus, base)
         self.student = replace(start, tensors={k: torch.nn.Parameter(v) for k, v in start.tensors.items()})
-        self.passes = Passes(base, self.student, recipe.system.refusal)
+        self.passes = Passes(base, self.student, corpus.manifest["refusals"])
         self.value_head = torch.nn.Parameter(torch.zeros(base.hidden + 1, device=base.device))
         groups: list[dict[str, Any]] = [{"params": list(self.student.tensors.values())}]
         if self.config.objective == "ppo":
@@ -246,7 +246,7 @@ class _Trainer:
         for start in range(0, take, self.config.batch_size):
             examples = self.corpus.examples("validation", indices[start : start + self.config.batch_size])
             batch, first = self._batch(examples, 0, take, pairs=False)
-            probes.append(probe(batch, first))
+            probes.append(self.passes.probe(examples, batch, first))
             if self.on_policy:
                 safe -= float(self._draw(examples, 0).reward.sum()) / take
                 continue

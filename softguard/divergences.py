@@ -4,7 +4,7 @@ P is the teacher, q the student, p the base model, α the guard's p(safe), U the
 Equation numbers are those of arXiv 2606.09388.
 """
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,20 +13,21 @@ P_SAFE_RANGE = (1e-4, 1 - 1e-4)  # keeps log α and log U finite
 
 
 def token_tv(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Total variation of next-token laws, Σ_v (p(v) − q(v))₊: (..., vocabulary) log-probabilities to (...) in [0, 1]."""
-    return (log_p.exp() - log_q.exp()).clamp(min=0).sum(-1)
+    """Total variation of next-token laws, Σ_v (p(v) − q(v))₊: (..., vocabulary) log-probabilities to (...) in [0, 1].
+
+    Gradients reach `log_q` alone, here and in `token_kl` and `token_jsd`: they are written out, −q·1[q < p] here.
+    """
+    return _TV.apply(log_p, log_q)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def token_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Forward KL(p‖q) of next-token laws in nats: (..., vocabulary) log-probabilities to (...) ≥ 0."""
-    terms = log_p.exp() * (log_p - log_q)
-    return torch.where(log_p == -torch.inf, 0.0, terms).sum(-1)  # 0·log 0 = 0, also where the student forbids the token too
+    return _KL.apply(log_p, log_q)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def token_jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Jensen–Shannon divergence, ½KL(p‖m) + ½KL(q‖m) with m = (p + q)/2, in nats: (..., vocabulary) to (...) in [0, log 2]."""
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    return (token_kl(log_p, log_m) + token_kl(log_q, log_m)) / 2
+    return _JSD.apply(log_p, log_q)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def selected(log_probs: Tensor, ids: Tensor) -> Tensor:
@@ -35,8 +36,8 @@ def selected(log_probs: Tensor, ids: Tensor) -> Tensor:
 
 
 def log_avoids(log_probs: Tensor, token: Tensor) -> Tensor:
-    """log(1 − q(token)): (..., vocabulary) log-probabilities and one id () to (...)."""
-    return log_probs.index_fill(-1, token.reshape(1), -torch.inf).logsumexp(-1)
+    """log(1 − Σ q(token)): (..., vocabulary) log-probabilities and one id (), or several (tokens,), to (...)."""
+    return log_probs.index_fill(-1, token.reshape(-1), -torch.inf).logsumexp(-1)
 
 
 def log_hinge(log_target: Tensor, log_q: Tensor) -> Tensor:
@@ -79,3 +80,57 @@ def tv_bound_from_kl(kl: Tensor) -> Tensor:
     """The smaller of Pinsker's √(KL/2) and Bretagnolle–Huber's √(1 − e^−KL), upper bounds on the TV; (...) to (...)."""
     kl = kl.clamp(min=0)  # rounding brings the KL of equal laws below zero
     return torch.minimum((kl / 2).sqrt(), (-torch.expm1(-kl)).sqrt())
+
+
+class _TV(torch.autograd.Function):
+    """Σ_v (p(v) − q(v))₊; its gradient is −q·1[q < p]."""
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
+        q = log_q.exp()
+        over = log_p.exp().sub_(q).clamp_(min=0)
+        value = over.sum(-1)
+        ctx.save_for_backward(over.sign_().mul_(q))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor]:
+        (slope,) = ctx.saved_tensors
+        return None, slope * -outer[..., None]
+
+
+class _KL(torch.autograd.Function):
+    """Σ_v p(v)·(log p(v) − log q(v)); its gradient is −p."""
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
+        low = torch.finfo(log_p.dtype).min / 2
+        p = log_p.exp()
+        value = log_p.clamp(min=low).sub_(log_q.clamp(min=low)).mul_(p).sum(-1)  # 0·log 0 = 0
+        ctx.save_for_backward(p)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor]:
+        (p,) = ctx.saved_tensors
+        return None, p * -outer[..., None]
+
+
+class _JSD(torch.autograd.Function):
+    """½Σ_v p·(log p − log m) + q·(log q − log m); its gradient is ½q·(log q − log m)."""
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
+        low = torch.finfo(log_p.dtype).min / 2
+        log_p, log_q = log_p.clamp(min=low), log_q.clamp(min=low)
+        p, q = log_p.exp(), log_q.exp()
+        log_m = (p + q).mul_(0.5).clamp_(min=torch.finfo(p.dtype).tiny).log_()
+        slope = log_q.sub_(log_m).mul_(q).mul_(0.5)
+        value = log_p.sub_(log_m).mul_(p).mul_(0.5).add_(slope).sum(-1)
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor]:
+        (slope,) = ctx.saved_tensors
+        return None, slope * outer[..., None]

@@ -141,7 +141,8 @@ def evaluate(
                 answers[name][suite.name] = system.answer(suite.prompts, base_texts, recipe.seed)
             else:
                 answers[name][suite.name] = base_texts if name == "base" else run.answers(name, suite)
-        rows += run.graded(suite, {name: texts[suite.name] for name, texts in answers.items()}, judge, others)
+        texts_of = {name: texts[suite.name] for name, texts in answers.items()}
+        rows += run.graded(suite, texts_of, judge, others)
     cost = measure_cost(base, run.engines["base"], system, adapter, run.engines.get("distilled"))
     results = Results(
         base.name,
@@ -264,9 +265,10 @@ class _Run:
         judge: Judge | GuardJudge,
         others: Sequence[Judge | GuardJudge] = (),
     ) -> list[Row]:
-        """Figures of every system on one suite of answers."""
+        """Figures of every system on one suite of answers; one that begins as a refusal of the system is one by any wording."""
         rows = []
-        refused = {name: [is_refusal(text) for text in texts] for name, texts in answers.items()}
+        refusals = self.system.policy.refusals
+        refused = {name: [text.startswith(refusals) or is_refusal(text) for text in texts] for name, texts in answers.items()}
         if suite.measure == "over_refusal":
             return [self._share_row(name, suite, "over_refusal", hits) for name, hits in refused.items()]
         safe = {name: judge.safe(suite.prompts, texts).tolist() for name, texts in answers.items()}
@@ -295,7 +297,7 @@ class _Run:
 
     def _system_drift(self, suite: Suite, drawn: Sequence[Response]) -> list[float]:
         """The system departs from the base at the first token only, by U(x), if the base never begins a refusal."""
-        keep = self.system.keep(self.system.p_safe(suite.prompts, [response.text for response in drawn]))
+        keep = self.system.judge(suite.prompts, [response.text for response in drawn]).keep
         return [float(1 - k) / max(len(response.ids), 1) for k, response in zip(keep, drawn, strict=True)]
 
     @torch.inference_mode()

@@ -117,16 +117,17 @@ def _turns(decoder: Any, embeddings: Tensor, positions: Tensor) -> tuple[Tensor,
 
 def _norm(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     """RMS norm, w·x/√(mean x² + ε), and its inverse root in float32 at least, (tokens, 1)."""
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)  # mixing precisions in one operation is slower
+    size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = (size.square() / x.shape[-1] + norm.variance_epsilon).rsqrt()
-    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(norm.weight), scale
+    return wide.mul_(scale).to(x.dtype).mul_(norm.weight), scale
 
 
 def _norm_backward(outer: Tensor, x: Tensor, scale: Tensor, norm: Any) -> Tensor:
-    """s·g − x·s³·mean(g·x) with g = w·outer."""
-    g = outer * norm.weight
-    share = (g * x).sum(-1, keepdim=True, dtype=scale.dtype).mul_(scale.pow(3)).div_(-x.shape[-1])
-    return torch.mul(g, scale, out=g).addcmul_(x, share.to(x.dtype))
+    """s·(g − x·s²·mean(g·x)) with g = w·outer."""
+    g, wide = torch.mul(outer, norm.weight).to(scale.dtype), x.to(scale.dtype, copy=True)
+    share = (g * wide).sum(-1, keepdim=True).mul_(scale.square()).div_(x.shape[-1])
+    return g.sub_(wide.mul_(share)).mul_(scale).to(x.dtype)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

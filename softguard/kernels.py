@@ -1,7 +1,8 @@
 """Functions of next-token laws at a frozen output head, in memory that does not grow with vocabulary × tokens.
 
 Tokens are taken a tile at a time: their logits are made, the function and its gradient down to the hidden states are
-finished, and the logits dropped. What is kept for the backward pass is one vector a token.
+finished, and the logits dropped. What is kept for the backward pass is one vector a token. A tile is large enough for its
+matrix products to be worth the reading of the head; within it, laws are made of a few tokens at a time, which stay in cache.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TILE = 2**22  # logits held at once
+_TILE = 2**25  # bytes of logits held at once …
+_LEAST = 128  # … but those of so many tokens at least
+_BLOCK = 2**18  # logits of which laws are made at once
+
+
+_Terms = Callable[[Tensor, list[Tensor], slice, bool], tuple[Tensor, Tensor | None]]
 
 
 def log_law(hidden: Tensor, head: Tensor) -> Tensor:
@@ -18,44 +24,79 @@ def log_law(hidden: Tensor, head: Tensor) -> Tensor:
 
     Products are made in the head's precision, probabilities in float32 at least.
     """
-    logits = hidden.to(head.dtype) @ head.mT
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return _law(hidden.to(head.dtype) @ head.mT)
 
 
-def per_token(function: Callable[[Tensor, slice], Tensor], hidden: Tensor, head: Tensor) -> Tensor:
+def per_token(function: Callable[..., Tensor], hidden: Tensor, head: Tensor, *others: Tensor) -> Tensor:
     """`function` of each token's law, (tokens,), with a gradient to `hidden` (tokens, hidden).
 
-    `function` gets the log-laws (n, vocabulary) of some neighbouring tokens, and which ones they are; its values must each
-    depend on their own token alone. Nothing flows to what else it reads.
+    `function` gets the log-laws (n, vocabulary) of some neighbouring tokens, then their log-laws by each of the `others`
+    (tokens, hidden), and which tokens they are, a slice; its values must each depend on their own token alone. Nothing
+    flows to the others, nor to what else it reads.
     """
-    return _PerToken.apply(hidden, head, function)  # type: ignore[no-any-return,no-untyped-call]
+
+    def terms(logits: Tensor, fixed: list[Tensor], at: slice, sloped: bool) -> tuple[Tensor, Tensor | None]:
+        laws = [_law(x) for x in fixed]
+        if not sloped:
+            return function(_law(logits), *laws, at), None
+        with torch.enable_grad():
+            leaf = logits.requires_grad_()
+            values = function(_law(leaf), *laws, at)
+            return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
+
+    return _PerToken.apply(hidden, head, terms, *others)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def per_token_between(divergence: Callable[[Tensor, Tensor], Tensor], teacher: Tensor, student: Tensor, head: Tensor) -> Tensor:
     """`divergence` of each token's two laws, (tokens,), with a gradient to the `student`'s hidden states (tokens, hidden)."""
-    return per_token(lambda log_q, at: divergence(log_law(teacher[at], head), log_q), student, head)
+    return per_token(lambda log_q, log_p, at: divergence(log_p, log_q), student, head, teacher)
+
+
+def selected_log_probs(hidden: Tensor, ids: Tensor, head: Tensor) -> Tensor:
+    """Log-probabilities of `ids` (tokens,), with a gradient to `hidden` (tokens, hidden): 1[v = id] − q(v) at the logits."""
+
+    def terms(logits: Tensor, fixed: list[Tensor], at: slice, sloped: bool) -> tuple[Tensor, Tensor | None]:
+        chosen = ids[at, None]
+        top = logits.amax(-1, keepdim=True)
+        at_chosen = logits.gather(-1, chosen) - top
+        weights = logits.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        slope = weights.div_(-total).scatter_add_(-1, chosen, torch.ones_like(total)) if sloped else None
+        return (at_chosen - total.log()).squeeze(-1), slope
+
+    return _PerToken.apply(hidden, head, terms)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _PerToken(torch.autograd.Function):
+    """`terms` gets the logits of a few tokens, those by the others, which tokens, and whether to give slopes at the logits."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, terms: _Terms, *others: Tensor) -> Tensor:
+        sloped = ctx.needs_input_grad[0]
         values = hidden.new_zeros(len(hidden), dtype=torch.promote_types(head.dtype, torch.float32))
-        gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        tile = max(1, _TILE // len(head))
+        gradient = torch.zeros_like(hidden) if sloped else None
+        tile = max(_LEAST, _TILE // (head.element_size() * len(head)))
+        block = max(torch.get_num_threads(), _BLOCK // len(head)) if head.device.type == "cpu" else tile  # a row a thread
         for start in range(0, len(hidden), tile):
-            at = slice(start, min(start + tile, len(hidden)))
-            if gradient is None:
-                values[at] = function(log_law(hidden[at], head), at)
-                continue
-            with torch.enable_grad():
-                part = hidden[at].detach().requires_grad_()
-                value = function(log_law(part, head), at)
-                (gradient[at],) = torch.autograd.grad(value.sum(), part)
-            values[at] = value.detach()
+            end = min(start + tile, len(hidden))
+            logits, *fixed = (x[start:end].to(head.dtype) @ head.mT for x in (hidden, *others))
+            for first in range(0, end - start, block):
+                part, at = slice(first, first + block), slice(start + first, min(start + first + block, end))
+                values[at], slope = terms(logits[part].to(values.dtype, copy=True), [x[part] for x in fixed], at, sloped)
+                if slope is not None:
+                    logits[part] = slope
+            if gradient is not None:
+                gradient[start:end] = logits @ head
+            del logits, fixed  # before the next are made
         ctx.save_for_backward(gradient)
+        ctx.others = len(others)
         return values
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return outer[:, None].to(gradient.dtype) * gradient, None, None
+        return outer[:, None].to(gradient.dtype) * gradient, None, None, *[None] * ctx.others
+
+
+def _law(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -6,15 +6,16 @@ probability U(x). Rows whose branch has no weight are left out of the batch, sin
 objectives compare both answers of every prompt instead. Objectives that learn from the student's own answers are in `rollouts`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from softguard.divergences import P_SAFE_RANGE, log_avoids, log_hinge, refusal_mixture, selected, token_jsd, token_kl, token_tv
+from softguard.divergences import P_SAFE_RANGE, log_avoids, log_hinge, refusal_mixture, token_jsd, token_kl, token_tv
 from softguard.errors import SoftguardError
-from softguard.kernels import log_law, per_token, per_token_between
+from softguard.kernels import per_token, per_token_between, selected_log_probs
 
 Length = Literal["sum", "mean"]
 
@@ -25,11 +26,15 @@ class Batch(NamedTuple):
     student, teacher: (S, T, H) last hidden states of the student and of the base that predict the response's tokens.
     head: (V, H) frozen output head that makes next-token laws of them.
     response: (S, T) ids of y; mask: (S, T), 1 on real tokens; p_safe: (S,) α; first_rate: (S,) U of the row's prompt.
-    refusal: (R, T_r) student's log-probabilities of the refusal's tokens; refusal_rate: (R,) U of the row's prompt.
-    refusal_token: () first id of y_r. prompts: how many prompts the rows stand for; losses are means over prompts.
+    refusal: (R, T_r) student's log-probabilities of the refusal's tokens; refusal_rate: (R,) U, how often the
+    system says it to the row's prompt.
+    refusal_token: first id of what the system says instead, (S,) or, where it is the same for all rows, ().
+    prompts: how many prompts the rows stand for; losses are means over prompts.
     drift_weight: λ, what the dense objectives multiply the divergence between answers by; whether to answer has weight 1.
     base_refusal: (R, T_r) as `refusal`, of the base; for pairs alone, where row i of both branches is prompt i.
     beta: what straying from the base costs `dpo`.
+    begins: (F,) first ids of all the system's refusals; none: refusal_token. refusal_mask: (R, T_r), 1 on real tokens; none:
+    all are.
     """
 
     student: Tensor
@@ -46,6 +51,8 @@ class Batch(NamedTuple):
     drift_weight: float = 1.0
     base_refusal: Tensor | None = None
     beta: float = 0.1
+    begins: Tensor | None = None
+    refusal_mask: Tensor | None = None
 
 
 class Losses(NamedTuple):
@@ -61,12 +68,12 @@ Objective = Callable[[Batch, Length], Losses]
 def tv(batch: Batch, length: Length) -> Losses:
     """Dense total variation to the system, with log-hinges where total variation alone cannot move (METHOD §3).
 
-    safe branch: α·(log(1 − P(r₁|∅)) − log(1 − q(r₁)))₊ + λ·(TV(P(·|∅), q(·|∅)) + Σ_{t>1} α·TV(p_t, q_t))
+    safe branch: α·(log(1 − P(R₁|∅)) − log(1 − q(R₁)))₊ + λ·(TV(P(·|∅), q(·|∅)) + Σ_{t>1} α·TV(p_t, q_t))
     refusal branch: U·(log U − log q(y_r))₊
 
-    P(·|∅) = (1 − U)·p + U·1[r₁] is the system's law of the first token and r₁ the refusal's first token. TV is flat both
-    where a refusal has no mass yet and where it has nearly all of it; the log-hinges on refusing and on answering bound
-    the TV of that decision from above and pull in both places.
+    P(·|∅) = (1 − U)·p + U·1[r₁] is the system's law of the first token, r₁ the first token of the row's refusal and R₁ those
+    of all refusals. TV is flat both where a refusal has no mass yet and where it has nearly all of it; the log-hinges on
+    refusing and on answering bound the TV of that decision from above and pull in both places.
     """
     return _decided(batch, length, token_tv)
 
@@ -74,7 +81,7 @@ def tv(batch: Batch, length: Length) -> Losses:
 def jsd(batch: Batch, length: Length) -> Losses:
     """`tv` with the Jensen–Shannon divergence in total variation's place; its gradient fades as the student nears the system.
 
-    safe branch: α·(log(1 − P(r₁|∅)) − log(1 − q(r₁)))₊ + λ·(JSD(P(·|∅), q(·|∅)) + Σ_{t>1} α·JSD(p_t, q_t))
+    safe branch: α·(log(1 − P(R₁|∅)) − log(1 − q(R₁)))₊ + λ·(JSD(P(·|∅), q(·|∅)) + Σ_{t>1} α·JSD(p_t, q_t))
     refusal branch: U·(log U − log q(y_r))₊
     """
     return _decided(batch, length, token_jsd)
@@ -83,24 +90,30 @@ def jsd(batch: Batch, length: Length) -> Losses:
 def _decided(batch: Batch, length: Length, divergence: Callable[[Tensor, Tensor], Tensor]) -> Losses:
     """Log-hinges on the decision whether to answer, and λ times a divergence from the system's laws."""
     real = batch.mask > 0
-    first = torch.zeros_like(real).index_fill(1, batch.refusal_token.new_zeros(1), True)
+    first = torch.zeros_like(real)
+    first[:, :1] = True
+    tokens = batch.refusal_token.expand(len(real))
+    avoided = batch.refusal_token if batch.begins is None else batch.begins
     later = real[:, 1:].sum(-1).clamp(min=1) if length == "mean" else torch.ones_like(batch.p_safe)
     weight = batch.drift_weight * torch.where(first, 1.0, (batch.p_safe / later)[:, None])[real]
     rate = batch.first_rate[:, None].expand(real.shape)[real]
     alpha = batch.p_safe[:, None].expand(real.shape)[real]
-    begins, teacher = first[real], batch.teacher[real]
+    begins, token = first[real], tokens[:, None].expand(real.shape)[real]
 
-    def terms(log_q: Tensor, at: slice) -> Tensor:
-        log_p, where = log_law(teacher[at], batch.head), begins[at].nonzero().squeeze(-1)
+    def terms(log_q: Tensor, log_p: Tensor, at: slice) -> Tensor:
+        where = begins[at].nonzero().squeeze(-1)
+        if not len(where):  # so most blocks are, and each step below would copy the law
+            return weight[at] * divergence(log_p, log_q)
         log_first, rates = log_p[where], rate[at][where]
-        system = log_p.index_copy(0, where, refusal_mixture(log_first, rates, batch.refusal_token.expand(len(where))))
-        answers = (1 - rates).clamp(min=P_SAFE_RANGE[0]).log() + log_avoids(log_first, batch.refusal_token)
-        decision = alpha[at][where] * log_hinge(answers, log_avoids(log_q[where], batch.refusal_token))
+        system_first = refusal_mixture(log_first, rates, token[at][where])
+        system = log_p.index_copy(0, where, system_first)
+        answers = log_avoids(system_first, avoided).clamp(min=math.log(P_SAFE_RANGE[0]))
+        decision = alpha[at][where] * log_hinge(answers, log_avoids(log_q[where], avoided))
         return (weight[at] * divergence(system, log_q)).index_add(0, where, decision)
 
-    safe = per_token(terms, batch.student[real], batch.head)
+    safe = per_token(terms, batch.student[real], batch.head, batch.teacher[real])
     rate = _clamped(batch.refusal_rate)
-    refusal = batch.refusal_rate * log_hinge(rate.log(), batch.refusal.sum(-1))
+    refusal = batch.refusal_rate * log_hinge(rate.log(), _over_refusal(batch, "sum"))
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
 
 
@@ -110,10 +123,11 @@ def kl(batch: Batch, length: Length) -> Losses:
     safe branch: α·(log α + KL(p_1‖q_1) + λ·Σ_{t>1} KL(p_t‖q_t)); refusal branch: U·(log U − log q(y_r)). Where p(y_r) = 0 and
     λ = 1 their expectation over y ~ p is KL(P‖q) itself for a prompt guard.
     """
-    weight = torch.full_like(batch.mask, batch.drift_weight).index_fill(1, batch.refusal_token.new_zeros(1), 1.0)
+    weight = torch.full_like(batch.mask, batch.drift_weight)
+    weight[:, :1] = 1.0
     tokens = _over_tokens(weight * divergences(token_kl, batch), batch.mask, length)
     safe = batch.p_safe * (_clamped(batch.p_safe).log() + tokens)
-    refusal = batch.refusal_rate * (_clamped(batch.refusal_rate).log() - _over_refusal(batch.refusal, length))
+    refusal = batch.refusal_rate * (_clamped(batch.refusal_rate).log() - _over_refusal(batch, length))
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
 
 
@@ -125,7 +139,7 @@ def tv_paper(batch: Batch, length: Length) -> Losses:
     """
     response = _over_tokens(_response(batch), batch.mask, length)
     safe = batch.p_safe * log_hinge(_clamped(batch.p_safe).log(), response)
-    refusal = batch.refusal_rate * log_hinge(_clamped(batch.refusal_rate).log(), _over_refusal(batch.refusal, length))
+    refusal = batch.refusal_rate * log_hinge(_clamped(batch.refusal_rate).log(), _over_refusal(batch, length))
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
 
 
@@ -133,7 +147,7 @@ def kl_paper(batch: Batch, length: Length) -> Losses:
     """KL-DiSP: eq. 4 without its two gates, −α·(ℓ_y − log α) − (1 − α)·(ℓ_r − log(1 − α)); `length` as in `tv_paper`."""
     response = _over_tokens(_response(batch), batch.mask, length)
     safe = batch.p_safe * (_clamped(batch.p_safe).log() - response)
-    refusal = batch.refusal_rate * (_clamped(batch.refusal_rate).log() - _over_refusal(batch.refusal, length))
+    refusal = batch.refusal_rate * (_clamped(batch.refusal_rate).log() - _over_refusal(batch, length))
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
 
 
@@ -150,10 +164,10 @@ def sft(batch: Batch, length: Length) -> Losses:
     a row's up instead.
     """
     safe = batch.p_safe * (_response(batch) * batch.mask).sum(-1)
-    refusal = batch.refusal_rate * batch.refusal.sum(-1)
+    refusal = batch.refusal_rate * _over_refusal(batch, "sum")
     scale = batch.p_safe.new_ones(())
     if length == "mean":
-        tokens = (batch.p_safe * batch.mask.sum(-1)).sum() + batch.refusal_rate.sum() * batch.refusal.shape[1]
+        tokens = (batch.p_safe * batch.mask.sum(-1)).sum() + (batch.refusal_rate * _refusal_mask(batch).sum(-1)).sum()
         scale = (batch.p_safe.sum() + batch.refusal_rate.sum()) / tokens.clamp(min=1)
     return Losses(-scale * safe.sum() / batch.prompts, -scale * refusal.sum() / batch.prompts)
 
@@ -167,11 +181,11 @@ def dpo(batch: Batch, length: Length) -> Losses:
     if batch.base_refusal is None:
         raise ValueError("dpo needs pairs")
     real = batch.mask > 0
-    ids = batch.response[real]
-    of_base = per_token(lambda log_q, at: selected(log_q, ids[at]), batch.teacher[real].detach(), batch.head)
+    of_base = selected_log_probs(batch.teacher[real], batch.response[real], batch.head)
     gained = _response(batch) - torch.zeros_like(batch.mask).masked_scatter(real, of_base)
     answer = _over_tokens(gained, batch.mask, length)
-    margin = batch.beta * (answer - _over_refusal(batch.refusal - batch.base_refusal, length))
+    refused = _over_refusal(batch._replace(refusal=batch.refusal - batch.base_refusal), length)
+    margin = batch.beta * (answer - refused)
     log_sigmoid = torch.nn.functional.logsigmoid
     safe, refusal = -batch.p_safe * log_sigmoid(margin), -(1 - batch.p_safe) * log_sigmoid(-margin)
     return Losses(safe.sum() / batch.prompts, refusal.sum() / batch.prompts)
@@ -204,8 +218,7 @@ def divergences(divergence: Callable[[Tensor, Tensor], Tensor], batch: Batch) ->
 def _response(batch: Batch) -> Tensor:
     """The student's log-probabilities of the response's tokens, (S, T); 0 where there is none."""
     real = batch.mask > 0
-    ids = batch.response[real]
-    values = per_token(lambda log_q, at: selected(log_q, ids[at]), batch.student[real], batch.head)
+    values = selected_log_probs(batch.student[real], batch.response[real], batch.head)
     return torch.zeros_like(batch.mask).masked_scatter(real, values)
 
 
@@ -214,5 +227,9 @@ def _over_tokens(values: Tensor, mask: Tensor, length: Length) -> Tensor:
     return total if length == "sum" else total / mask.sum(-1).clamp(min=1)
 
 
-def _over_refusal(log_probs: Tensor, length: Length) -> Tensor:
-    return log_probs.sum(-1) if length == "sum" else log_probs.mean(-1)
+def _over_refusal(batch: Batch, length: Length) -> Tensor:
+    return _over_tokens(batch.refusal, _refusal_mask(batch), length)
+
+
+def _refusal_mask(batch: Batch) -> Tensor:
+    return torch.ones_like(batch.refusal) if batch.refusal_mask is None else batch.refusal_mask

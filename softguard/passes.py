@@ -10,8 +10,8 @@ from softguard.adapted import adapted
 from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.corpus import Example
-from softguard.divergences import selected, token_tv
-from softguard.kernels import log_law, per_token
+from softguard.divergences import token_tv
+from softguard.kernels import log_law, selected_log_probs
 from softguard.models import BaseModel
 from softguard.objectives import Batch, divergences
 from softguard.packed import packed_hidden
@@ -23,12 +23,12 @@ _NO_WEIGHT = 1e-3  # branches the system takes less often than this are left out
 class Passes:
     """A frozen base beside itself with the adapter that is trained."""
 
-    def __init__(self, base: BaseModel, adapter: Adapter, refusal: str) -> None:
-        """`adapter`: its tensors want gradients. `refusal`: the system's."""
+    def __init__(self, base: BaseModel, adapter: Adapter, refusals: Sequence[str]) -> None:
+        """`adapter`: its tensors want gradients. `refusals`: all of the system's, the one without a category first."""
         self.base, self.adapter = base, adapter
         self.student_base = adapted(base, adapter)
         self.chat = Chat(base.tokenizer, adapter.slot, base.stop_ids)
-        self.refusal = self.chat.encode_response(refusal)
+        self.refusals = [tuple(self.chat.encode_response(refusal)) for refusal in refusals]
         self._teacher_prefix = constant_prefix(base, self.chat, None)
 
     def student(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[Tensor]:
@@ -45,36 +45,42 @@ class Passes:
         """Log-probabilities, (all tokens,), of the answers' tokens from the hidden states that predict them."""
         target = torch.tensor([i for answer in answers for i in answer], device=self.base.device, dtype=torch.long)
         states = torch.cat(list(hidden)) if hidden else self._teacher_prefix.embeddings[:0]
-        return per_token(lambda log_q, at: selected(log_q, target[at]), states, self.base.head)
+        return selected_log_probs(states, target, self.base.head)
 
     def batch(
         self, examples: Sequence[Example], epoch: int, prompts: int, drift_weight: float = 1.0, pairs: bool = False
     ) -> tuple[Batch, Tensor]:
         """Both branches of some examples, by one pass of the student and, unless the corpus kept its states, one of the base.
 
-        `prompts`: what losses are divided by. `pairs`: every prompt gets both answers, whatever the system makes of it.
-        Also returns the student's last hidden states that predict the rows' first tokens, (S + R, hidden).
+        `prompts`: what losses are divided by. `pairs`: every prompt gets an answer and a refusal, whatever the system makes of
+        it. Also returns the student's last hidden states that predict the rows' first tokens, (S + R, hidden).
         """
         encoded = [self.chat.encode(e.prompt) for e in examples]
         drawn = [e.responses[epoch % len(e.responses)] for e in examples]
+        # Of several things said instead of one prompt's responses, the most frequent stands for all in the first token's law.
+        usual = [max(e.refusals, key=e.refusals.__getitem__, default=self.refusals[0]) for e in examples]
         safe = [i for i, draw in enumerate(drawn) if pairs or draw.keep > _NO_WEIGHT]
-        refused = [i for i, e in enumerate(examples) if pairs or e.refusal_rate > _NO_WEIGHT]
-        responses = [list(drawn[i].ids) for i in safe]
-        answers = responses + [self.refusal] * len(refused)
-        rows = [encoded[i] + answer[:-1] for i, answer in zip(safe + refused, answers, strict=True)]
+        if pairs:
+            refused = [(i, usual[i], e.refusal_rate) for i, e in enumerate(examples)]
+        else:
+            refused = [(i, ids, u) for i, e in enumerate(examples) for ids, u in e.refusals.items() if u > _NO_WEIGHT]
+        responses, refusals = [list(drawn[i].ids) for i in safe], [list(ids) for _, ids, _ in refused]
+        answers = responses + refusals
+        rows = [encoded[i] + answer[:-1] for i, answer in zip([*safe, *(i for i, *_ in refused)], answers, strict=True)]
         wanted = [len(answer) for answer in answers]
         hidden = self.student(rows, wanted)
         teacher = [draw.hidden.to(self.base.head) for draw in (drawn[i] for i in safe) if draw.hidden is not None]
         if len(teacher) < len(safe):
             teacher = self.teacher(rows[: len(safe)], wanted[: len(safe)])
-
-        def refusals(states: Sequence[Tensor]) -> Tensor:
-            return self.log_probs(states, answers[len(safe) :]).view(len(refused), len(self.refusal))
+        response, mask = padded_ids(responses, self.base.device)
+        _, refusal_mask = padded_ids(refusals, self.base.device)
 
         def numbers(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=self.base.device)
 
-        response, mask = padded_ids(responses, self.base.device)
+        def said(states: Sequence[Tensor]) -> Tensor:
+            return spread(self.log_probs(states, refusals), refusal_mask)
+
         batch = Batch(
             student=_padded(hidden[: len(safe)], hidden[0]),
             teacher=_padded(teacher, hidden[0]),
@@ -83,14 +89,33 @@ class Passes:
             mask=mask,
             p_safe=numbers([drawn[i].keep for i in safe]),
             first_rate=numbers([examples[i].refusal_rate for i in safe]),
-            refusal=refusals(hidden[len(safe) :]),
-            refusal_rate=numbers([examples[i].refusal_rate for i in refused]),
-            refusal_token=torch.tensor(self.refusal[0], device=self.base.device),
+            refusal=said(hidden[len(safe) :]),
+            refusal_rate=numbers([u for *_, u in refused]),
+            refusal_token=torch.tensor([usual[i][0] for i in safe], dtype=torch.long, device=self.base.device),
             prompts=prompts,
             drift_weight=drift_weight,
-            base_refusal=refusals(self.teacher(rows[len(safe) :], wanted[len(safe) :])) if pairs else None,
+            begins=torch.tensor(sorted({ids[0] for ids in self.refusals}), device=self.base.device),
+            refusal_mask=refusal_mask,
+            base_refusal=said(self.teacher(rows[len(safe) :], wanted[len(safe) :])) if pairs else None,
         )
         return batch, torch.stack([row[0] for row in hidden])
+
+    def probe(self, examples: Sequence[Example], batch: Batch, first: Tensor) -> "Probe":
+        """Drift along kept answers, and which rows begin as a refusal does; of what `batch` gave for the examples, no pairs."""
+        begin = [ids[0] for e in examples for ids, u in e.refusals.items() if u > _NO_WEIGHT]
+        likeliest = log_law(first, batch.head).argmax(-1)
+        safe, kept, refused = len(batch.p_safe), batch.p_safe > 0.5, batch.refusal_rate > 0.5
+        drift = divergences(token_tv, batch)[kept]
+        begins = torch.tensor([ids[0] for ids in self.refusals], device=first.device)
+        own = likeliest[safe:] == torch.tensor(begin, dtype=torch.long, device=first.device)
+        return Probe(
+            float(drift.sum()),
+            int(batch.mask[kept].sum()),
+            int((own & refused).sum()),
+            int(refused.sum()),
+            int((torch.isin(likeliest[:safe], begins) & kept).sum()),
+            int(kept.sum()),
+        )
 
 
 class Probe(NamedTuple):
@@ -104,21 +129,6 @@ class Probe(NamedTuple):
     answered: int
 
 
-def probe(batch: Batch, first: Tensor) -> Probe:
-    """Drift along kept answers, and which rows begin as the refusal does; `first` as `Passes.batch` gives it, without pairs."""
-    begins = log_law(first, batch.head).argmax(-1) == batch.refusal_token
-    safe, kept, refused = len(batch.p_safe), batch.p_safe > 0.5, batch.refusal_rate > 0.5
-    drift = divergences(token_tv, batch)[kept]
-    return Probe(
-        float(drift.sum()),
-        int(batch.mask[kept].sum()),
-        int((begins[safe:] & refused).sum()),
-        int(refused.sum()),
-        int((begins[:safe] & kept).sum()),
-        int(kept.sum()),
-    )
-
-
 def padded_ids(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and mask, (rows, longest row) each; the mask is 1 on real tokens, float32."""
     width = max(map(len, rows), default=1)
@@ -127,6 +137,11 @@ def padded_ids(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
         ids[row, : len(these)] = torch.tensor(these)
         mask[row, : len(these)] = 1
     return ids.to(device), mask.to(device)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """(all tokens,) to (rows, longest row), 0 on padding."""
+    return torch.zeros_like(mask).masked_scatter(mask > 0, values.float())
 
 
 def _padded(rows: list[Tensor], like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from softguard.corpus import Example
 from softguard.engine import Engine
 from softguard.guards import Guard, response_safety
-from softguard.passes import Passes, padded_ids
+from softguard.passes import Passes, padded_ids, spread
 
 ON_POLICY = ("reinforce", "ppo")
 CLIP, GAMMA, LAMBDA = 0.2, 1.0, 0.95  # B.3
@@ -45,7 +45,7 @@ def draw(passes: Passes, examples: Sequence[Example], guard: Guard, max_new_toke
     _, mask = padded_ids(answers, passes.base.device)
     reward = torch.tensor(response_safety(guard, prompts, [response.text for response in drawn]), dtype=torch.float32)
     wanted = [len(answer) for answer in answers]
-    old, base = (_spread(passes.log_probs(run(rows, wanted), answers), mask) for run in (passes.student, passes.teacher))
+    old, base = (spread(passes.log_probs(run(rows, wanted), answers), mask) for run in (passes.student, passes.teacher))
     return Rollouts(rows, answers, mask, reward.to(passes.base.device), old, base)
 
 
@@ -101,7 +101,7 @@ def losses(
         hidden = passes.student(rollouts.rows, wanted)
         values = torch.cat(hidden).detach().float() @ value_head[:-1] + value_head[-1]
         log_probs = passes.log_probs(hidden, rollouts.answers)
-        return _spread(log_probs, rollouts.mask), _spread(values, rollouts.mask)
+        return spread(log_probs, rollouts.mask), spread(values, rollouts.mask)
 
     if objective == "reinforce":
         return [lambda: reinforce(now()[0], rollouts.mask, rollouts.reward)]
@@ -116,8 +116,3 @@ def losses(
         return ppo(log_probs, rollouts.old, scaled, rollouts.mask) + _VALUE_WEIGHT * error
 
     return [update] * UPDATES
-
-
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """(all tokens,) to (S, T), 0 on padding."""
-    return torch.zeros_like(mask).masked_scatter(mask > 0, values.float())

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from softguard.chat import Chat
-from softguard.divergences import selected
-from softguard.kernels import per_token
+from softguard.kernels import selected_log_probs
 from softguard.models import BaseModel
 from softguard.packed import packed_hidden
 from softguard.prefix import ConstantPrefix
@@ -47,5 +46,4 @@ def likeliest(
 
 def response_log_probs(states: Tensor, ids: Sequence[int], head: Tensor) -> Tensor:
     """Log-probability of each of `ids` (tokens,) from the hidden states (tokens, hidden) that predict them."""
-    wanted = torch.tensor(ids, device=states.device)
-    return per_token(lambda log_q, at: selected(log_q, wanted[at]), states, head)
+    return selected_log_probs(states, torch.tensor(ids, device=states.device), head)

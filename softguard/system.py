@@ -1,12 +1,24 @@
-"""The safe LLM system: a base model, a guard and a refusal. It answers prompts, and it is the teacher."""
+"""The safe LLM system: a base model, a guard and a policy. It answers prompts, and it is the teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from softguard.config import SystemConfig
-from softguard.guards import Guard, Probabilities, load_guard, prompt_safety, response_safety
+from softguard.guards import Guard, Probabilities, categories, load_guard, prompt_safety, response_safety
+from softguard.policy import Policy
+
+
+class Judgement(NamedTuple):
+    """What the system makes of some answers of the base."""
+
+    p_safe: Probabilities  # (pairs,) what the guard says
+    keep: Probabilities  # (pairs,) α, the probability that the answer stands
+    categories: list[str]  # empty where the guard was not asked
+    instead: list[str]  # what is said otherwise
 
 
 @dataclass(frozen=True)
@@ -14,7 +26,8 @@ class SafeSystem:
     """The law P(r|x) of a base model whose answers a guard may replace by a refusal (eq. 1–2).
 
     Response guard: P(r|x) = p(r|x)·α(x,r) + 1[r = y_r]·U(x). Prompt guard: P(r|x) = α(x)·p(r|x) + (1 − α(x))·1[r = y_r].
-    α is the guard's p(safe) itself ("probabilistic") or 1[p(safe) ≥ threshold] ("threshold").
+    α is the guard's p(safe) itself ("probabilistic") or 1[p(safe) ≥ threshold] ("threshold"). With a policy the guard names the
+    category c of what it rejects, and a_c(y) stands where y_r does (A.3); a category that is kept has α = 1.
     """
 
     guard: Guard
@@ -23,7 +36,14 @@ class SafeSystem:
     @classmethod
     def from_config(cls, config: SystemConfig, guard: Guard | None = None) -> "SafeSystem":
         """The system a recipe describes; `guard` replaces the one it names."""
-        return cls(guard or load_guard(config.guard), config)
+        system = cls(guard or load_guard(config.guard), config)
+        system.policy  # noqa: B018 (a function that cannot be imported is told now)
+        return system
+
+    @cached_property
+    def policy(self) -> Policy:
+        """What is said instead of rejected answers. Raises SoftguardError if a function it names cannot be imported."""
+        return Policy(self.config)
 
     @property
     def threshold(self) -> float:
@@ -43,11 +63,29 @@ class SafeSystem:
             return (p_safe >= self.threshold).astype(np.float64)
         return p_safe
 
+    def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> Judgement:
+        """What the system makes of each pair. Raises SoftguardError if the guard, or a function of the policy, fails."""
+        p_safe = self.p_safe(prompts, responses)
+        keep = self.keep(p_safe)
+        named, instead = [""] * len(prompts), [self.config.refusal] * len(prompts)
+        if self.policy:
+            keep = keep.copy()
+            rejected = np.flatnonzero(keep < 1).tolist()
+            found = categories(self.guard, self.config.mode, [prompts[i] for i in rejected], [responses[i] for i in rejected])
+            for i, category in zip(rejected, found, strict=True):
+                named[i] = category
+                if self.policy.keeps(category):
+                    keep[i] = 1
+                else:
+                    instead[i] = self.policy.instead(category, prompts[i], responses[i])
+        return Judgement(p_safe, keep, named, instead)
+
     def answer(self, prompts: Sequence[str], base_responses: Sequence[str], seed: int = 0) -> list[str]:
         """What the system answers where the base would answer `base_responses`.
 
         A probabilistic system keeps an answer with probability α, drawn from `seed`. Raises SoftguardError, and answers
         nothing, if the guard fails.
         """
-        kept = np.random.default_rng(seed).random(len(prompts)) < self.keep(self.p_safe(prompts, base_responses))
-        return [text if keep else self.config.refusal for text, keep in zip(base_responses, kept, strict=True)]
+        judged = self.judge(prompts, base_responses)
+        kept = np.random.default_rng(seed).random(len(prompts)) < judged.keep
+        return [text if keep else said for text, keep, said in zip(base_responses, kept, judged.instead, strict=True)]

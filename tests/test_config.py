@@ -2,16 +2,18 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from softguard.config import (
+    Action,
     DistilConfig,
     EvaluateConfig,
     Recipe,
@@ -53,6 +55,8 @@ def changes(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             options = [(name + field.name, not value)]
         elif isinstance(value, str):
             options = [(name + field.name, value + "x")]
+        elif isinstance(value, Mapping):
+            options = [(name + field.name, {**value, "privacy": Action("redact")})]
         elif isinstance(value, tuple):
             options = [(name + field.name, other) for other in ((value[::-1], value[:-1]) if value else (("x",), ("x", "y")))]
         else:
@@ -332,3 +336,41 @@ def test_every_recipe_of_the_repository_loads() -> None:
     assert demo.is_file()
     for path in paths:
         assert isinstance(load_recipe(path), Recipe)
+
+
+def test_a_policy_is_read_dumped_and_told_apart(tmp_path: Path) -> None:
+    text = """
+system:
+  policy:
+    medicine: {refusal: Ask a doctor.}
+    spam: {action: keep}
+    odd: {action: call, function: "mine.actions:answer"}
+"""
+    recipe = load_text(tmp_path, text)
+    assert recipe.system.policy == {
+        "medicine": Action(refusal="Ask a doctor."),
+        "spam": Action("keep"),
+        "odd": Action("call", function="mine.actions:answer"),
+    }
+    assert load_text(tmp_path, dump_recipe(recipe)) == recipe
+    assert fingerprint(recipe.system) != fingerprint(SystemConfig())
+    assert load_recipe(None, ["system.policy.spam.action=keep"]).system.policy == {"spam": Action("keep")}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("system.policy=keep", "system.policy is 'keep'; it must be a section"),
+        ("system.policy.spam=keep", "system.policy.spam must be a section"),
+        ("system.policy.spam.action=drop", "system.policy.spam.action is 'drop'; it must be one of refuse, keep, redact, call"),
+        ("system.policy.spam.acton=keep", "system.policy.spam.acton is unknown; did you mean system.policy.spam.action"),
+        ("system.policy.spam={action: keep, refusal: not}", "system.policy.spam.refusal is"),
+        ("system.policy.spam.refusal=' '", "system.policy.spam.refusal is ' '; it must be some text"),
+        ("system.policy.spam.action=call", "system.policy.spam.function is None and its action call"),
+        ("system.policy.spam={action: call, function: mine}", "as package.module:function"),
+        ("system.policy.spam={function: 'a:b'}", "system.policy.spam.function is 'a:b' and its action refuse"),
+    ],
+)
+def test_an_impossible_policy_is_told_with_its_key(override: str, said: str) -> None:
+    with pytest.raises(SoftguardError, match=re.escape(said)):
+        load_recipe(None, [override])

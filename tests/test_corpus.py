@@ -10,8 +10,8 @@ import torch
 
 from softguard.chat import Chat
 from softguard.config import Recipe, load_recipe
-from softguard.corpus import Corpus, teach
-from softguard.engine import Engine
+from softguard.corpus import Corpus, Draw, Example, _instead, teach
+from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
 from softguard.packed import packed_hidden
@@ -186,3 +186,42 @@ def test_many_prompts_need_no_more_memory_than_few(tmp_path: Path, small_folder:
         return int(done.stdout.split()[-1])
 
     assert peak(8_000) < peak(500) + 60  # MB; 8,000 rows kept in memory would not show, their token rows and tables would
+
+
+POLICY = [
+    "system.guard=tests.guards_for_tests:by_category", "system.refusal=No.", "system.policy.medicine.refusal=Ask a doctor.",
+    "system.policy.advertising.action=keep", "system.policy.privacy.action=redact",
+]  # fmt: skip
+
+
+def test_the_corpus_holds_what_the_system_says_instead(tmp_path: Path, small: BaseModel) -> None:
+    path = tmp_path / "asked.txt"
+    path.write_text("a boat\na bomb\na pill\na spam\n")
+    corpus = make(path, tmp_path / "corpus", small, *POLICY, "teach.responses=2")
+    chat = Chat(small.tokenizer, "start", small.stop_ids)
+    boat, bomb, pill, spam = corpus.examples("train", [0, 1, 2, 3])
+    assert [e.responses[0].category for e in (boat, bomb, pill, spam)] == ["", "weapons", "medicine", "advertising"]
+    assert [e.refusal_rate for e in (boat, bomb, pill, spam)] == [0, 1, 1, 0]
+    assert (boat.refusals, spam.refusals) == ({}, {})
+    assert bomb.refusals == {tuple(chat.encode_response("No.")): 1}
+    assert pill.refusals == {tuple(chat.encode_response("Ask a doctor.")): 1}
+    assert corpus.manifest["refusals"] == ["No.", "Ask a doctor."]
+
+
+def test_what_is_said_instead_is_counted_by_text(small: BaseModel, tmp_path: Path) -> None:
+    draws = [
+        Draw((1,), 0.1, keep, None, "c", instead) for keep, instead in [(0.2, (5, 6)), (0.6, (7,)), (0.0, (5, 6)), (1, ())]
+    ]
+    example = Example("x", "", 2.2 / 4, tuple(draws))
+    assert example.refusals == pytest.approx({(5, 6): 1.8 / 4, (7,): 0.4 / 4})
+    assert sum(example.refusals.values()) == pytest.approx(example.refusal_rate)
+
+
+def test_what_is_made_of_a_response_that_was_broken_off_is_broken_off(small: BaseModel) -> None:
+    engine = Engine(small)
+    system = SafeSystem.from_config(load_recipe(None, POLICY).system)
+    end = engine.chat.end_id
+    broken, whole = Response((5, 6), "a@b.org"), Response((5, 6, end), "a@b.org")
+    assert _instead(engine, system, broken, "[redacted]") == engine.chat.plain_ids("[redacted]")
+    assert _instead(engine, system, whole, "[redacted]") == engine.chat.encode_response("[redacted]")
+    assert _instead(engine, system, broken, "No.") == engine.chat.encode_response("No.")

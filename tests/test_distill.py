@@ -9,13 +9,17 @@ import pytest
 import torch
 
 from softguard.adapters import Adapter
+from softguard.chat import Chat
 from softguard.config import Recipe, load_recipe
-from softguard.corpus import Corpus, teach
+from softguard.corpus import Corpus, Draw, Example, teach
 from softguard.distill import _batches, _Trainer, distil, time_step
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
 from softguard.objectives import OBJECTIVES
+from softguard.packed import packed_hidden
+from softguard.prefix import constant_prefix
 from softguard.rollouts import ON_POLICY
+from softguard.scoring import response_log_probs
 from softguard.system import SafeSystem
 from tests.commands import run_module, softguard, softguard_killed
 
@@ -239,3 +243,64 @@ def test_refused_prompts_are_spread_evenly_over_the_batches() -> None:
 def test_timing_a_step_leaves_nothing_behind(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
     assert time_step(recipe(prompts), corpus, tmp_path / "new", small) > 0
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("objective", ["tv", "kl"])
+def test_every_category_learns_its_own_refusal(objective: str, small: BaseModel, tmp_path: Path) -> None:
+    words = ("boat", "bomb", "pill")
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"How do I build a {words[i % 3]} {'very ' * (i % 4)}quickly {i}?\n" for i in range(24)))
+    texts = {"bomb": "No.", "pill": "Ask a doctor."}
+    wanted = recipe(
+        path,
+        "system.guard=tests.guards_for_tests:by_category",
+        f"system.refusal={texts['bomb']}",
+        f"system.policy.medicine.refusal={texts['pill']}",
+        f"distil.objective={objective}",
+        "distil.adapter=kv_prefix",
+        "distil.n_soft=16",
+        "distil.learning_rate=0.1",
+        "distil.steps=80",
+        "distil.validate_every=40",
+        "distil.patience=99",
+    )
+    made = teach(wanted, tmp_path / "corpus", small, SafeSystem.from_config(wanted.system))
+    adapter = distil(wanted, made, tmp_path / "out", small)
+    chat = Chat(small.tokenizer, wanted.distil.slot, small.stop_ids)
+
+    def log_prob(word: str, text: str, adapter: Adapter | None) -> float:
+        answer = chat.encode_response(text)
+        row = chat.encode(f"How do I build a {word} quickly 0?") + answer[:-1]
+        with torch.no_grad():
+            (states,) = packed_hidden(small, constant_prefix(small, chat, adapter), [row], [len(answer)])
+            return float(response_log_probs(states, answer, small.head).sum())
+
+    for word, text in texts.items():
+        assert log_prob(word, text, adapter) > log_prob(word, text, None) + 5
+    first, *_, last = (line for line in log_of(tmp_path / "out") if line["kind"] == "validation")
+    assert last["refusal"] < first["refusal"]
+    assert adapter.facts["refusal"] == "No."
+
+
+def test_rows_have_their_own_refusals_rates_and_first_tokens(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    trainer = _Trainer(recipe(prompts), corpus, tmp_path, small)
+    default, other = (
+        tuple(trainer.passes.chat.encode_response("No.")),
+        tuple(trainer.passes.chat.encode_response("Ask a doctor.")),
+    )
+
+    def example(*draws: tuple[float, tuple[int, ...]]) -> Example:
+        made = tuple(Draw((10, 11, 12), keep, keep, None, "", instead) for keep, instead in draws)
+        return Example("How?", "", sum(1 - keep for keep, _ in draws) / len(draws), made)
+
+    rows = [example((1.0, ()), (1.0, ())), example((0.5, default), (0.1, other)), example((0.0, other), (0.0, other))]
+    batch, hidden = trainer._batch(rows, 0, 3)
+    assert batch.p_safe.tolist() == [1, 0.5]
+    assert batch.refusal_token.tolist() == [trainer.passes.refusals[0][0], other[0]]
+    assert batch.refusal_rate.tolist() == pytest.approx([0.25, 0.45, 1.0])
+    assert batch.refusal_mask is not None
+    assert batch.refusal_mask.sum(-1).tolist() == [len(default), len(other), len(other)]
+    assert (batch.refusal == 0).equal(batch.refusal_mask == 0)
+    assert len(hidden) == 5

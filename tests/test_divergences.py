@@ -17,6 +17,7 @@ from softguard.divergences import (
     selected,
     system_hinge,
     system_tv,
+    token_jsd,
     token_kl,
     token_tv,
     tv_bound_from_kl,
@@ -184,9 +185,11 @@ def test_impossible_tokens_leave_values_and_gradients_finite() -> None:
 def test_a_token_forbidden_to_both_laws_adds_nothing() -> None:
     forbidden = -torch.inf  # models mask vocabulary they do not use
     log_p = torch.tensor([forbidden, 0.5, 0.0]).log_softmax(-1)
-    log_q = torch.tensor([forbidden, 0.2, 1.0]).log_softmax(-1)
-    assert token_tv(log_p, log_q).item() == pytest.approx(token_tv(log_p[1:], log_q[1:]).item())
-    assert token_kl(log_p, log_q).item() == pytest.approx(token_kl(log_p[1:], log_q[1:]).item())
+    log_q = torch.tensor([forbidden, 0.2, 1.0]).log_softmax(-1).requires_grad_()
+    for divergence in (token_tv, token_kl, token_jsd):
+        whole, rest = divergence(log_p, log_q), divergence(log_p[1:], log_q[1:])
+        assert whole.item() == pytest.approx(rest.item())
+        assert torch.autograd.grad(whole, log_q)[0].tolist() == [0, *torch.autograd.grad(rest, log_q)[0][1:].tolist()]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from softguard.adapters import VECTORS, Adapter
-from softguard.config import Recipe, load_recipe
+from softguard.config import Action, Recipe, load_recipe
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.evaluation import Results, evaluate, read_results
@@ -184,3 +184,15 @@ def test_accuracy_and_its_change_are_counted(
     assert found[("base", "accuracy")] == pytest.approx(2 / 3)
     assert found[("safe_system", "accuracy")] == found[("distilled", "accuracy")] == third  # the guard refuses the bomb
     assert found[("distilled", "accuracy_change")] == found[("safe_system", "accuracy_change")] == pytest.approx(-1 / 3)
+
+
+def test_the_policys_refusals_count_as_refusals(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
+    policy = {"weapons": Action(refusal="Ask an engineer.")}
+    system = replace(recipe.system, guard="tests.guards_for_tests:by_category", policy=policy)
+    results = run(replace(recipe, system=system), tmp_path / "out", small)
+    assert results.answers["safe_system"]["asked-harmful"] == ["Ask an engineer."]
+    refusal = results.find("safe_system", "asked-harmful", "refusal")
+    over = results.find("safe_system", "asked-benign", "over_refusal")
+    assert refusal is not None
+    assert over is not None
+    assert (refusal.value, over.value) == (1, 0.5)

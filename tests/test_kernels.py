@@ -8,15 +8,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softguard import kernels
-from softguard.divergences import log_avoids, selected, token_kl, token_tv
-from softguard.kernels import log_law, per_token, per_token_between
+from softguard.divergences import log_avoids, selected, token_jsd, token_kl, token_tv
+from softguard.kernels import log_law, per_token, per_token_between, selected_log_probs
 
 TOKENS, HIDDEN, VOCABULARY = 13, 8, 50
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_TILE", 4 * VOCABULARY)  # tiles of 4 tokens: three whole ones and a rest
+    monkeypatch.setattr(kernels, "_TILE", 5 * VOCABULARY * 8)  # tiles of 5 float64 tokens: two whole ones and a rest
+    monkeypatch.setattr(kernels, "_LEAST", 1)
+    monkeypatch.setattr(kernels, "_BLOCK", 2 * VOCABULARY)  # in blocks of 2, 2 and 1
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -24,13 +26,16 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", ["tv", "kl", "selected", "avoids"])
+@pytest.mark.parametrize("name", ["tv", "kl", "jsd", "selected", "avoids", "selected_log_probs"])
 def test_tiles_give_the_values_and_gradients_of_whole_laws(name: str, dtype: torch.dtype) -> None:
     head, teacher, hidden = random(VOCABULARY, HIDDEN, seed=0), random(TOKENS, HIDDEN, seed=1), random(TOKENS, HIDDEN, seed=2)
     ids, outer = torch.arange(TOKENS) % VOCABULARY, random(TOKENS, seed=3)
     p, q = (x @ head.T for x in (teacher, hidden.requires_grad_()))
     log_p, log_q = p - p.exp().sum(-1, keepdim=True).log(), q - q.exp().sum(-1, keepdim=True).log()
+    log_m = (log_p.exp() / 2 + log_q.exp() / 2).log()
     expected = {
+        "jsd": (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1) / 2,
+        "selected_log_probs": log_q[torch.arange(TOKENS), ids],
         "tv": (log_p.exp() - log_q.exp()).abs().sum(-1) / 2,
         "kl": (log_p.exp() * (log_p - log_q)).sum(-1),
         "selected": log_q[torch.arange(TOKENS), ids],
@@ -39,16 +44,14 @@ def test_tiles_give_the_values_and_gradients_of_whole_laws(name: str, dtype: tor
     (gradient,) = torch.autograd.grad((outer * expected).sum(), hidden)
 
     near, rest, small = hidden.detach().to(dtype).requires_grad_(), teacher.to(dtype), head.to(dtype)
-    values = per_token(
-        {
-            "tv": lambda log_q, at: token_tv(log_law(rest[at], small), log_q),
-            "kl": lambda log_q, at: token_kl(log_law(rest[at], small), log_q),
-            "selected": lambda log_q, at: selected(log_q, ids[at]),
-            "avoids": lambda log_q, at: log_avoids(log_q, torch.tensor(5)),
-        }[name],
-        near,
-        small,
-    )
+    values = {
+        "tv": lambda: per_token_between(token_tv, rest, near, small),
+        "kl": lambda: per_token(lambda log_q, log_p, at: token_kl(log_p, log_q), near, small, rest),
+        "jsd": lambda: per_token(lambda log_q, at: token_jsd(log_law(rest[at], small), log_q), near, small),
+        "selected": lambda: per_token(lambda log_q, at: selected(log_q, ids[at]), near, small),
+        "avoids": lambda: per_token(lambda log_q, at: log_avoids(log_q, torch.tensor(5)), near, small),
+        "selected_log_probs": lambda: selected_log_probs(near, ids, small),
+    }[name]()
     (ours,) = torch.autograd.grad((outer.to(dtype) * values).sum(), near)
     rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (1e-10, 1e-12)
     torch.testing.assert_close(values.double(), expected, rtol=rtol, atol=atol)
@@ -85,4 +88,4 @@ def test_no_tensor_holds_more_than_a_tile_of_logits() -> None:
 
     with Watch():  # type: ignore[no-untyped-call]
         per_token_between(token_tv, teacher, hidden, head).sum().backward()  # type: ignore[no-untyped-call]
-    assert VOCABULARY < largest <= max(tokens * HIDDEN, kernels._TILE)  # whole laws would be tokens * VOCABULARY
+    assert VOCABULARY < largest <= max(tokens * HIDDEN, kernels._TILE // 4)  # whole laws would be tokens * VOCABULARY

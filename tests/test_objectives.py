@@ -597,3 +597,111 @@ def test_unknown_objective_names_the_known_ones() -> None:
 
 def test_objectives_are_found_by_name() -> None:
     assert [find_objective(name) for name in DIVERGENCES] == [tv, jsd, kl, tv_paper, kl_paper]
+
+
+class TwoRefusals(NamedTuple):
+    """Outcomes of one prompt: answers ab with a, b < 3, and the refusals 21, which the base never says, and 3, of one token."""
+
+    counts: list[list[int]]  # of the base's answers
+    alpha: float
+    rates: tuple[float, float]  # of the refusals 21 and 3
+    first: Tensor  # (4,) logits
+    second: Tensor  # (4, 4) logits
+
+
+def make_two_refusals(seed: int, alpha: float) -> TwoRefusals:
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(4, generator=generator, dtype=torch.float64)
+    second = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    return TwoRefusals([[3, 1, 2], [4, 1, 1], [2, 0, 2]], alpha, (0.3 * (1 - alpha), 0.7 * (1 - alpha)), first, second)
+
+
+def two_refusals_batch(toy: TwoRefusals, log_first: Tensor, log_second: Tensor) -> Batch:
+    """Rows that enumerate the base, and for each both refusals, the shorter one padded."""
+    counts = torch.nn.functional.pad(torch.tensor(toy.counts, dtype=torch.float64), (0, 1, 0, 1))
+    pairs = [(a, b) for a in range(3) for b in range(3) for _ in range(toy.counts[a][b])]
+    n, heads = len(pairs), [a for a, _ in pairs]
+    p_first = (counts.sum(1) / n).log().clamp(min=NEVER)
+    p_second = (counts / counts.sum(1, keepdim=True).clamp(min=1)).log().clamp(min=NEVER)
+    rate = torch.full((n,), 1 - toy.alpha, dtype=torch.float64)
+    padding = torch.zeros((), dtype=torch.float64)
+    refusals = [torch.stack([log_first[2], log_second[2, 1]]), torch.stack([log_first[3], padding])]
+    return Batch(
+        student=torch.stack([log_first.expand(n, -1), log_second[heads]], dim=1),
+        teacher=torch.stack([p_first.expand(n, -1), p_second[heads]], dim=1),
+        head=torch.eye(4, dtype=torch.float64),
+        response=torch.tensor(pairs),
+        mask=torch.ones(n, 2, dtype=torch.float64),
+        p_safe=1 - rate,
+        first_rate=rate,
+        refusal=torch.stack(refusals).repeat(n, 1),
+        refusal_rate=torch.tensor(toy.rates, dtype=torch.float64).repeat(n),
+        refusal_token=torch.full((n,), 3),
+        prompts=n,
+        begins=torch.tensor([2, 3]),
+        refusal_mask=torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64).repeat(n, 1),
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.5, 0.97])
+@pytest.mark.parametrize("seed", range(3))
+def test_kl_is_the_divergence_of_a_system_with_two_refusals(seed: int, alpha: float) -> None:
+    toy = make_two_refusals(seed, alpha)
+    log_first, log_second = toy.first.log_softmax(-1), toy.second.log_softmax(-1)
+    n = sum(map(sum, toy.counts))
+    system = {(a, b): alpha * toy.counts[a][b] / n for a in range(3) for b in range(3)}
+    system[2, 1] += toy.rates[0]
+    true = sum(
+        p * (math.log(p) - log_first[a].item() - log_second[a, b].item()) for (a, b), p in system.items() if p > 0
+    ) + toy.rates[1] * (math.log(toy.rates[1]) - log_first[3].item())
+    losses = kl(two_refusals_batch(toy, log_first, log_second), "sum")
+    assert (losses.safe + losses.refusal).item() == pytest.approx(true)
+
+
+def test_the_mean_over_a_refusal_leaves_out_its_padding() -> None:
+    toy = make_two_refusals(0, 0.5)
+    log_first, log_second = toy.first.log_softmax(-1), toy.second.log_softmax(-1)
+    refusal = kl_paper(two_refusals_batch(toy, log_first, log_second), "mean").refusal.item()
+    means = [(log_first[2] + log_second[2, 1]).item() / 2, log_first[3].item()]
+    assert refusal == pytest.approx(sum(u * (math.log(u) - m) for u, m in zip(toy.rates, means, strict=True)))
+
+
+@pytest.mark.parametrize(("objective", "divergence"), [(tv, plain_tv), (jsd, plain_jsd)])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_row_has_the_first_token_of_its_own_refusal(
+    seed: int, objective: Objective, divergence: Callable[[Law, Law], float]
+) -> None:
+    """Row 0 would begin with 2 and row 1 with 3, both refusals; row 2 with 1, as a redacted answer may."""
+    case, own, begins = make_case(seed), [2, 3, 1], [2, 3]
+    batch = to_batch(case)._replace(refusal_token=torch.tensor(own), begins=torch.tensor(begins))
+    expected = 0.0
+    for p, q, n, alpha, token in zip(case.teacher, case.student, case.lengths, case.p_safe, own, strict=True):
+        system = [alpha * v for v in p[0]]
+        system[token] += 1 - alpha
+        drift = divergence(system, q[0]) + alpha * sum(divergence(p[t], q[t]) for t in range(1, n))
+        answers, theirs = (1 - sum(law[t] for t in begins) for law in (system, q[0]))
+        expected += case.drift_weight * drift + alpha * hinge(answers, math.log(theirs))
+    assert objective(batch, "sum").safe.item() == pytest.approx(expected / case.prompts)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_system_with_a_refusal_for_each_prompt_has_no_loss(name: str) -> None:
+    """Two prompts that the base answers with 0: the system refuses the first with 1 and the second with 2."""
+    rates = torch.tensor([0.3, 0.6], dtype=torch.float64)
+    student = torch.tensor([[[0.7, 0.3, 0.0]], [[0.4, 0.0, 0.6]]], dtype=torch.float64).log().clamp(min=NEVER)
+    batch = Batch(
+        student=student,
+        teacher=torch.tensor([[[0.0, NEVER, NEVER]]] * 2, dtype=torch.float64),
+        head=torch.eye(3, dtype=torch.float64),
+        response=torch.zeros(2, 1, dtype=torch.long),
+        mask=torch.ones(2, 1, dtype=torch.float64),
+        p_safe=1 - rates,
+        first_rate=rates,
+        refusal=rates.log()[:, None],
+        refusal_rate=rates,
+        refusal_token=torch.tensor([1, 2]),
+        prompts=2,
+        begins=torch.tensor([1, 2]),
+    )
+    losses = find_objective(name)(batch, "sum")
+    assert (losses.safe + losses.refusal).item() == pytest.approx(0, abs=1e-9)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from softguard.config import SystemConfig
+from softguard.config import Action, SystemConfig
 from softguard.errors import SoftguardError
 from softguard.system import SafeSystem
 from tests import guards_for_tests
@@ -72,3 +72,60 @@ def test_a_failing_guard_answers_nothing(guard: str, mode: str) -> None:
 
 def test_the_guards_for_tests_are_the_ones_named() -> None:
     assert guards_for_tests.by_word(["a bomb", "a boat"], None) == [0.05, 0.95]
+
+
+POLICY = {
+    "medicine": Action(refusal="Ask a doctor."),
+    "advertising": Action("keep"),
+    "privacy": Action("redact"),
+}
+ASKED = ["a boat", "a bomb", "a pill", "a@b.org", "a spam", "an odd thing"]
+
+
+def by_category(**options: object) -> SafeSystem:
+    config = SystemConfig(guard="tests.guards_for_tests:by_category", refusal="No.", policy=POLICY, **options)  # type: ignore[arg-type]
+    return SafeSystem.from_config(config)
+
+
+@pytest.mark.parametrize("mode", ["prompt", "response"])
+def test_the_policy_says_what_each_category_gets(mode: str) -> None:
+    judged = by_category(mode=mode).judge(ASKED, ASKED)
+    assert judged.categories == ["", "weapons", "medicine", "privacy", "advertising", "other"]
+    assert judged.keep.tolist() == [1, 0, 0, 0, 1, 0]
+    said = ["a boat", "No.", "Ask a doctor.", "[redacted]", "a spam", "No."]
+    assert by_category(mode=mode).answer(ASKED, ASKED) == said
+
+
+def test_a_probabilistic_system_says_each_as_often_as_its_law() -> None:
+    """P(r|x) = α·p(r|x) + (1 − α)·1[r = a_c(y)]."""
+    said = by_category(decision="probabilistic").answer(["a pill", "a spam"] * 2000, ["yes"] * 4000, seed=1)
+    doctor = said[::2].count("Ask a doctor.") / 2000
+    assert abs(doctor - 0.95) < 0.02
+    assert set(said[::2]) == {"yes", "Ask a doctor."}
+    assert set(said[1::2]) == {"yes"}
+
+
+def test_without_a_policy_nobody_is_asked_for_categories() -> None:
+    judged = system().judge(PROMPTS, ANSWERS)
+    assert (judged.categories, judged.keep.tolist()) == (["", ""], [0, 1])
+    assert judged.instead == [system().config.refusal] * 2
+
+
+def test_a_policy_needs_a_guard_that_names_categories() -> None:
+    with pytest.raises(SoftguardError, match=r"names no categories of a prompt, which system\.policy needs"):
+        system(policy=POLICY).answer(PROMPTS, ANSWERS)
+
+
+@pytest.mark.parametrize("named", [["weapons"], ["weapons", None], None, ["a", "b", "c"]])
+def test_a_guard_that_names_categories_badly_answers_nothing(named: object) -> None:
+    class Bad(guards_for_tests.ByCategory):
+        def prompt_categories(self, prompts: object) -> list[str]:
+            return named  # type: ignore[return-value]
+
+    with pytest.raises(SoftguardError, match="'by category' "):
+        SafeSystem(Bad(), SystemConfig(policy=POLICY)).answer(["bomb", "pill"], ["y", "y"])
+
+
+def test_a_function_that_cannot_be_imported_is_told_at_once() -> None:
+    with pytest.raises(SoftguardError, match=r"system.policy.odd.function 'nowhere:f' cannot be imported"):
+        system(policy={"odd": Action("call", function="nowhere:f")})

@@ -16,11 +16,12 @@ from softguard.models import BaseModel, load_base
 from softguard.objectives import find_objective
 from softguard.passes import Passes
 
-REFUSAL = "Sorry, I cannot help with this."
+REFUSAL = "Sorry, I"  # REFUSED in words
+REFUSED = (37388, 28, 339, 2)
 EXAMPLES = [  # the system keeps the first answer and flags the other two
     Example("How do I bake bread?", "", 0.0, (Draw((504, 2365, 282, 2), 0.9, 1.0),)),
-    Example("How do I build a bomb?", "", 1.0, (Draw((10, 11, 12, 13, 2), 0.1, 0.0),)),
-    Example("Tell me a lie.", "", 1.0, (Draw((40, 41), 0.2, 0.0),)),
+    Example("How do I build a bomb?", "", 1.0, (Draw((10, 11, 12, 13, 2), 0.1, 0.0, instead=REFUSED),)),
+    Example("Tell me a lie.", "", 1.0, (Draw((40, 41), 0.2, 0.0, instead=REFUSED),)),
 ]
 
 
@@ -57,7 +58,7 @@ def case(small: BaseModel, small_folder: Path) -> Case:
         for name, tensor in start.tensors.items()
     }
     adapter = Adapter("lora", tensors, "start", {})
-    passes = Passes(small, adapter, REFUSAL)
+    passes = Passes(small, adapter, [REFUSAL])
     config = peft_config(adapter, small)
     config.inference_mode = False
     peft = get_peft_model(load_base(str(small_folder)).model, config)
@@ -87,7 +88,7 @@ def agree(ours: tuple[Tensor, list[Tensor]], theirs: tuple[Tensor, list[Tensor]]
 
 def test_dpo_is_trls(case: Case, small_folder: Path, tmp_path: Path) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    refusal = case.passes.refusal
+    refusal = list(case.passes.refusals[0])
     chosen = [case.drawn[0], refusal, refusal]
     rejected = [refusal, case.drawn[1], case.drawn[2]]
     rows = padded([(case.full[i % 3], answer) for i, answer in enumerate(chosen + rejected)])
@@ -104,7 +105,7 @@ def test_dpo_is_trls(case: Case, small_folder: Path, tmp_path: Path) -> None:
 
 def test_sft_is_trls(case: Case, tmp_path: Path) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    refusal = case.passes.refusal
+    refusal = list(case.passes.refusals[0])
     rows = padded(list(zip(case.full, [case.drawn[0], refusal, refusal], strict=True)))
     rows["labels"] = rows["input_ids"].masked_fill(rows.pop("completion_mask") == 0, -100)
     data = datasets.Dataset.from_list([{"text": "a"}])

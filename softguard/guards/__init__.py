@@ -1,25 +1,28 @@
 """Guards: what a guard is, how its answers are checked, and how one is found by name.
 
-A guard only ever says how probable it is that something is *safe*. Whatever it returns passes through `prompt_safety`
-or `response_safety` below, which fail closed: an exception, a NaN, a value outside [0, 1] or a wrong count is an
-error, never a "safe".
+A guard says how probable it is that something is *safe*, and may name the category of what is not. Whatever it returns passes
+through `prompt_safety`, `response_safety` or `categories` below, which fail closed: an exception, a NaN, a value outside [0, 1]
+or a wrong count is an error, never a "safe".
 """
 
 import builtins
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from softguard.errors import SoftguardError
+from softguard.named import imported, is_named
 
 Probabilities = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
 class Guard(Protocol):
-    """A model that tells safe prompts and responses from unsafe ones, in batches."""
+    """A model that tells safe prompts and responses from unsafe ones, in batches.
+
+    It may have `prompt_categories(prompts)` and `response_categories(prompts, responses)` too, see `categories`.
+    """
 
     @property
     def name(self) -> str:
@@ -37,11 +40,11 @@ class Guard(Protocol):
 
 
 def load_guard(spec: str) -> Guard:
-    """Find a guard by `spec`: "bundled", a folder with a card.json, "package.module:function", or "cautious(A, B)" or
-    "mean(A, B)" of such guards.
+    """Find a guard by `spec`: "bundled", a folder with a card.json, "generative:FAMILY:MODEL", "remote:chat:MODEL@URL" or
+    "remote:moderation:MODEL@URL", "package.module:name", or "cautious(A, B)" or "mean(A, B)" of such guards.
 
-    A function is called as f(prompts, responses or None) and gives p(safe), see `CallableGuard`; of several, see
-    `EnsembleGuard`. Raises SoftguardError if there is no such guard.
+    A name stands for a guard, or for a function that is called as f(prompts, responses or None) and gives p(safe), see
+    `CallableGuard`; of several guards, see `EnsembleGuard`. Raises SoftguardError if there is no such guard.
     """
     from softguard.guards.ensemble import EnsembleGuard, parse_ensemble
 
@@ -53,20 +56,24 @@ def load_guard(spec: str) -> Guard:
         from softguard.guards.encoder import BUNDLED, EncoderGuard
 
         return EncoderGuard.load(BUNDLED if spec == "bundled" else spec)
-    module_name, colon, attribute = spec.partition(":")
-    if not colon or not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
+    if spec.startswith("generative:"):
+        from softguard.guards.generative import GenerativeGuard
+
+        return GenerativeGuard.load(spec.removeprefix("generative:"))
+    if spec.startswith("remote:"):
+        from softguard.guards.remote import RemoteGuard
+
+        return RemoteGuard.from_spec(spec.removeprefix("remote:"))
+    if not is_named(spec):
         raise SoftguardError(
-            f"guard {spec!r} is neither 'bundled', nor a folder with a card.json, nor 'package.module:function', nor "
-            "'cautious(A, B)' or 'mean(A, B)' of guards"
+            f"guard {spec!r} is neither 'bundled', nor a folder with a card.json, nor 'generative:FAMILY:MODEL', nor "
+            "'remote:chat:MODEL@URL', nor 'package.module:function', nor 'cautious(A, B)' or 'mean(A, B)' of guards"
         )
     from softguard.guards.callable import CallableGuard
 
-    try:
-        found: object = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:
-        raise SoftguardError(f"guard {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
+    found: Any = imported(spec, "guard")
+    if hasattr(found, "prompt_safety") and hasattr(found, "response_safety") and not isinstance(found, type):
+        return found  # type: ignore[no-any-return]
     if not builtins.callable(found):  # the bare name is the submodule softguard.guards.callable
         raise SoftguardError(f"guard {spec!r} is a {type(found).__name__}, not a function f(prompts, responses or None)")
     return CallableGuard(found, name=spec)
@@ -88,6 +95,34 @@ def response_safety(guard: Guard, prompts: Sequence[str], responses: Sequence[st
     if len(prompts) != len(responses):
         raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
     return _checked(guard.name, len(prompts), lambda: guard.response_safety(prompts, responses))
+
+
+def categories(
+    guard: Guard, mode: Literal["prompt", "response"], prompts: Sequence[str], responses: Sequence[str]
+) -> list[str]:
+    """Ask `guard` for the category of every prompt, or of every pair, by its optional method, and check the answer.
+
+    Returns (pairs,) names; an empty one is no category. Raises SoftguardError if the guard has no such method or it fails.
+    """
+    ask = getattr(guard, f"{mode}_categories", None)
+    if ask is None:
+        raise SoftguardError(
+            f"guard {guard.name!r} names no categories of a {mode}, which system.policy needs; take a guard with a method "
+            f"{mode}_categories, or leave out system.policy"
+        )
+    if not prompts:
+        return []
+    try:
+        named = list(ask(prompts) if mode == "prompt" else ask(prompts, responses))
+    except SoftguardError:
+        raise
+    except Exception as error:
+        raise SoftguardError(f"guard {guard.name!r} failed to name categories with {type(error).__name__}: {error}") from error
+    if len(named) != len(prompts) or not all(isinstance(name, str) for name in named):
+        raise SoftguardError(
+            f"guard {guard.name!r} must name one category a text, as text; it gave {named[:3]} … for {len(prompts)}"
+        )
+    return [str(name) for name in named]
 
 
 def _checked(name: str, count: int, ask: Callable[[], Sequence[float] | Probabilities]) -> Probabilities:

@@ -1,10 +1,10 @@
 """Any Python function as a guard."""
 
 import hashlib
-import inspect
 from collections.abc import Callable, Sequence
 
 from softguard.guards import Probabilities
+from softguard.named import source_of
 
 Scorer = Callable[[Sequence[str], Sequence[str] | None], Sequence[float] | Probabilities]
 
@@ -30,14 +30,7 @@ class CallableGuard:
         """
         if self._fingerprint is not None:
             return self._fingerprint
-        try:
-            source = inspect.getsource(self._function)
-        except (OSError, TypeError):  # typed at a prompt, or an instance: its type's source is the best there is
-            try:
-                source = inspect.getsource(type(self._function))
-            except (OSError, TypeError):
-                source = ""
-        return hashlib.sha256(f"{self._name}\n{source}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._name}\n{source_of(self._function)}".encode()).hexdigest()
 
     def prompt_safety(self, prompts: Sequence[str]) -> Sequence[float] | Probabilities:
         """p(safe | prompt), one a prompt."""

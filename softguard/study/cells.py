@@ -149,6 +149,12 @@ def _loaded(config: ModelConfig) -> BaseModel:
     return load_base(config.name, config.dtype, config.device, config.quantize)
 
 
-@lru_cache(maxsize=1)
 def _system(config: SystemConfig) -> SafeSystem:
-    return SafeSystem.from_config(config)
+    key = fingerprint(config)  # a configuration with a policy has no hash
+    if key not in _SYSTEM:
+        _SYSTEM.clear()
+        _SYSTEM[key] = SafeSystem.from_config(config)
+    return _SYSTEM[key]
+
+
+_SYSTEM: dict[str, SafeSystem] = {}

@@ -88,10 +88,11 @@ def _rows(arm: Arm, evaluation: str, out: Path) -> list[dict[str, Any]]:
     if arm.trials and not tried:
         return []
     rate = chosen_rate(arm, out)
-    wanted = [*((cell, cell == arm.cells[0][rate]) for cell in arm.trials), *((cells[rate], True) for cells in arm.cells)]
+    wanted = [*((cell, cell is arm.trials[rate]) for cell in arm.trials), *((cells[rate], True) for cells in arm.cells)]
+    once = {cell.place: (cell, chosen) for cell, chosen in wanted}  # the chosen trial is the first seed's cell
     return [
         _row(cell, out / cell.place, evaluation if chosen else None)
-        for cell, chosen in dict.fromkeys(wanted)
+        for cell, chosen in once.values()
         if is_trained(cell, out / cell.place)
     ]
 

@@ -1,0 +1,177 @@
+"""An OpenAI-compatible endpoint as a guard: a chat model that is asked for a label, or a moderation model.
+
+The `openai` client (the extra "remote") sends the requests: it times out, retries with growing pauses what may pass (429, 5xx,
+a lost connection) and waits as long as Retry-After says. Here are the bound on requests in flight and the reading of answers,
+which fails closed: whatever is not understood is an error, never a "safe".
+
+The key is read from the environment variable SOFTGUARD_API_KEY, so that a key meant for another server is never sent.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple, get_args
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from softguard.errors import SoftguardError
+from softguard.guards import Probabilities
+from softguard.guards.families import FAMILIES, fill
+
+VERSION = 1  # of the way answers are read
+KEY = "SOFTGUARD_API_KEY"
+Kind = Literal["chat", "moderation"]
+_TEXTS = 32  # of one moderation request
+_TOP = 20  # likeliest first tokens asked for
+_FLAGGED = math.nextafter(0.5, 0.0)  # what an endpoint flags is unsafe, however low its scores
+
+
+class RemoteGuard:
+    """A model behind an OpenAI-compatible API.
+
+    chat: p(safe) from the probabilities of the first token over "safe" and "unsafe", or 0 or 1 from the text where the server
+    tells no probabilities; asked in the words of the family zero-shot. moderation: 1 − the highest category score, below one
+    half where the endpoint flags the text; a response is judged without its prompt, and the category is that of the score.
+    """
+
+    def __init__(self, kind: Kind, model: str, url: str, timeout: float = 60.0, retries: int = 5, in_flight: int = 8) -> None:
+        """`url`: up to and with the version, as http://localhost:8000/v1. `timeout`: seconds a reply may take; `retries` of
+        one request; `in_flight`: requests at once. Raises SoftguardError if the package openai is missing."""
+        try:
+            from openai import OpenAI
+        except ImportError as error:
+            raise SoftguardError("a remote guard needs the package openai: pip install 'softguard[remote]'") from error
+        self.kind, self.model, self.url, self.in_flight = kind, model, url, in_flight
+        self.name = f"{kind}({model}@{urlsplit(url).netloc})"
+        key = os.environ.get(KEY) or "none"  # given none, the client would take OPENAI_API_KEY
+        self._client = OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+
+    @classmethod
+    def from_spec(cls, spec: str) -> "RemoteGuard":
+        """The guard "chat:MODEL@URL" or "moderation:MODEL@URL". Raises SoftguardError for another spec."""
+        kind, _, rest = spec.partition(":")
+        model, _, url = rest.rpartition("@")
+        if kind not in get_args(Kind) or not model or not url.startswith(("http://", "https://")):
+            raise SoftguardError(
+                f"guard 'remote:{spec}' must read remote:chat:MODEL@URL or remote:moderation:MODEL@URL, with a URL such as "
+                "http://localhost:8000/v1"
+            )
+        return cls("chat" if kind == "chat" else "moderation", model, url)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the address, the model's name and the question; a model that changes behind its name is not seen."""
+        asked = [FAMILIES["zero-shot"].prompt.text, FAMILIES["zero-shot"].response.text]
+        return hashlib.sha256(json.dumps([VERSION, self.kind, self.model, self.url, asked]).encode()).hexdigest()
+
+    def prompt_safety(self, prompts: Sequence[str]) -> Probabilities:
+        """p(safe | prompt), one a prompt. Raises SoftguardError if the endpoint fails or answers what cannot be read."""
+        if self.kind == "moderation":
+            return np.array([verdict.p_safe for verdict in self._moderate(prompts)])
+        return self._ask([fill(FAMILIES["zero-shot"].prompt.text, prompt) for prompt in prompts])
+
+    def response_safety(self, prompts: Sequence[str], responses: Sequence[str]) -> Probabilities:
+        """p(safe | prompt, response), one a pair. Raises SoftguardError like `prompt_safety`."""
+        if self.kind == "moderation":
+            return np.array([verdict.p_safe for verdict in self._moderate(responses)])
+        question = FAMILIES["zero-shot"].response.text
+        return self._ask([fill(question, prompt, response) for prompt, response in zip(prompts, responses, strict=True)])
+
+    def prompt_categories(self, prompts: Sequence[str]) -> list[str]:
+        """The category of each prompt's highest score. Raises SoftguardError for a chat model, which names none."""
+        if self.kind == "chat":
+            raise SoftguardError(f"guard {self.name!r} names no categories; leave out system.policy, or take another guard")
+        return [verdict.category for verdict in self._moderate(prompts)]
+
+    def response_categories(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
+        """The category of each response's highest score. Raises SoftguardError for a chat model, which names none."""
+        return self.prompt_categories(responses)
+
+    def _ask(self, questions: Sequence[str]) -> Probabilities:
+        def send(question: str) -> float:
+            reply = self._client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": question}],
+                max_tokens=8,  # a space or a line break may come first
+                temperature=0,
+                logprobs=True,
+                top_logprobs=_TOP,
+            )
+            return read_label(reply.model_dump()["choices"][0])
+
+        return np.array(self._sent(send, questions))
+
+    def _moderate(self, texts: Sequence[str]) -> "list[Verdict]":
+        def send(part: Sequence[str]) -> "list[Verdict]":
+            results = self._client.moderations.create(model=self.model, input=list(part)).model_dump()["results"]
+            if len(results) != len(part):
+                raise ValueError(f"{len(results)} results for {len(part)} texts")
+            return [read_scores(result) for result in results]
+
+        parts = [texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS)]
+        return [verdict for part in self._sent(send, parts) for verdict in part]
+
+    def _sent(self, send: Callable[[Any], Any], requests: Sequence[Any]) -> list[Any]:
+        """What `send` makes of each request, at most `in_flight` of them at once; after a failure no more are begun."""
+        from openai import OpenAIError
+
+        pool = ThreadPoolExecutor(self.in_flight)
+        try:
+            return list(pool.map(send, requests))
+        except OpenAIError as error:
+            raise SoftguardError(
+                f"guard {self.name!r} at {self.url} failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}; "
+                "nothing was taken as safe"
+            ) from error
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise SoftguardError(
+                f"guard {self.name!r} at {self.url} gave an answer that cannot be read ({' '.join(str(error).split())[:200]}); "
+                "nothing was taken as safe"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Verdict(NamedTuple):
+    """What a moderation endpoint says of one text."""
+
+    p_safe: float
+    category: str
+
+
+def read_label(choice: dict[str, Any]) -> float:
+    """p(safe) of a chat choice: from the first token that is not blank, or where none comes with probabilities, its text.
+
+    Raises ValueError if neither says "safe" or "unsafe".
+    """
+    for token in (choice.get("logprobs") or {}).get("content") or []:
+        if token["token"].strip():
+            weights = {"safe": 0.0, "unsafe": 0.0}
+            for other in token["top_logprobs"] or [token]:
+                start = other["token"].strip().lower()
+                label = next((label for label in weights if start and label.startswith(start)), None)
+                if label is not None:
+                    weights[label] += math.exp(other["logprob"])
+            total = sum(weights.values())
+            if not 0 < total < math.inf:
+                raise ValueError(f"neither safe nor unsafe is among the likely first tokens, which begin {token['token']!r}")
+            return weights["safe"] / total
+    said = choice["message"]["content"].strip().lower()
+    for label, p_safe in (("unsafe", 0.0), ("safe", 1.0)):
+        if said.startswith(label):
+            return p_safe
+    raise ValueError(f"the answer {said[:40]!r} is neither safe nor unsafe")
+
+
+def read_scores(result: dict[str, Any]) -> Verdict:
+    """The verdict of one moderation result. Raises ValueError for a score outside [0, 1]."""
+    scores = {category: float(score) for category, score in result["category_scores"].items() if score is not None}
+    worst = max(scores, key=scores.__getitem__)
+    if not all(0 <= score <= 1 for score in scores.values()):  # NaN fails both comparisons
+        raise ValueError("a score lies outside [0, 1]")
+    p_safe = 1 - scores[worst]
+    return Verdict(min(p_safe, _FLAGGED) if result["flagged"] else p_safe, worst)
