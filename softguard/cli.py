@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--adapter", type=Path, help="folder that `distil` made")
     evaluate.add_argument("--out", type=Path, required=True, help="folder of results.json and the answers")
 
+    study = _command(commands, "study", _study, "run a grid of cells, or make figures and tables of those that are done", _GRID)
+    study.add_argument("--out", type=Path, required=True, help="folder of the study; of the same folder a killed run goes on")
+    study.add_argument("--workers", type=int, default=1, help="processes of this machine that take cells (default 1)")
+    study.add_argument("--ray-address", metavar="ADDRESS", help="Ray cluster that takes cells: HOST:PORT, auto or local")
+    study.add_argument("--report", type=Path, metavar="FOLDER", help="run nothing; write figures and tables to this folder")
+    study.add_argument("--page", type=Path, help="the page about them (default FOLDER/study.md)")
+
     chat = _command(commands, "chat", _chat, "talk to the base with the adapter; an empty line ends the conversation")
     chat.add_argument(
         "--adapter",
@@ -83,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_GRID = (
+    "The recipe is an ordinary one with a section `study`, see softguard.study.grid and recipes/study-small.yaml. The cells "
+    "become rows of cells.parquet."
+)
 _FIT = (
     "Rows are JSON objects with `prompt`, `label` (harmful or benign) and, optionally, `response` with `unsafe` (0 or 1). "
     "A fifth of the prompts is held out for calibration and for the figures on the guard's card."
@@ -97,7 +108,10 @@ def _command(
     more: str = "",
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}")
-    command.add_argument("--recipe", type=Path, help="YAML recipe; defaults are used for what it leaves out")
+    if name == "study":
+        command.add_argument("recipe", type=Path, help="YAML recipe with a section `study`")
+    else:
+        command.add_argument("--recipe", type=Path, help="YAML recipe; defaults are used for what it leaves out")
     command.add_argument(
         "--set",
         action="append",
@@ -195,6 +209,32 @@ def _evaluate(options: argparse.Namespace) -> None:
         results = evaluate(recipe, options.out, base, system, adapter, progress=bars)
     print(table(results.contract()))
     print(f"written to {options.out / 'results.json'}")
+
+
+def _study(options: argparse.Namespace) -> None:
+    from softguard.study import NAME, load_grid, run_study
+
+    if options.workers < 1:
+        raise SoftguardError(f"--workers is {options.workers}; it must be at least 1")
+    if options.ray_address and options.workers > 1:
+        raise SoftguardError("--workers counts processes of this machine; leave it out with --ray-address")
+    if options.page and not options.report:
+        raise SoftguardError("--page is the page of a report; give --report FOLDER too")
+    grid = load_grid(options.recipe, options.overrides)
+    if options.dry_run:
+        from softguard.study.plan import study_plan
+
+        print(study_plan(grid, options.out, options.workers))
+    elif options.report:
+        from softguard.report.study import write_study
+
+        page = options.page or options.report / "study.md"
+        write_study(options.out / NAME, grid.pareto, options.report, page)
+        print(f"written to {options.report} and {page}")
+    else:
+        print(
+            f"written to {run_study(grid, options.out, options.workers, options.ray_address, partial(print, file=sys.stderr))}"
+        )
 
 
 def _chat(options: argparse.Namespace) -> None:

@@ -5,13 +5,14 @@ type or an impossible value is an error that names the key and, for a typing sli
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import hashlib
 import json
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -119,7 +120,8 @@ class EvaluateConfig:
     limit: int = 0  # prompts a suite; 0 takes all
     max_new_tokens: int = 40
     batch_size: int = 64
-    judge: str = "bundled"
+    judge: str = "bundled"  # or a guard, named as in system.guard, which then reads prompts and answers
+    other_judges: tuple[str, ...] = ()  # grade the same answers beside it
 
 
 @dataclass(frozen=True)
@@ -211,25 +213,38 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
 
     Raises SoftguardError for an unreadable file, an unknown key or a value of the wrong type.
     """
+    return build(Recipe, overridden(read_values(path) if path is not None else {}, overrides))  # type: ignore[no-any-return]
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The sections of a YAML recipe as they stand, unchecked. Raises SoftguardError if it cannot be read as such."""
     import yaml
 
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SoftguardError(f"recipe {path} cannot be read ({error.strerror}); check the path") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise SoftguardError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise SoftguardError(f"recipe {path} must be a mapping of sections, not {type(loaded).__name__}")
-        values = loaded or {}
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SoftguardError(f"recipe {path} cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SoftguardError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise SoftguardError(f"recipe {path} must be a mapping of sections, not {type(loaded).__name__}")
+    return loaded or {}
+
+
+def overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a recipe's sections with overrides of the form `section.key=value` applied, unchecked.
+
+    Raises SoftguardError for an override that does not read so.
+    """
+    import yaml
+
+    changed: dict[str, Any] = copy.deepcopy(dict(values))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise SoftguardError(f"override {override!r} must read section.key=value")
         *sections, last = key.strip().split(".")
-        target = values
+        target = changed
         for section in sections:
             inner = target.setdefault(section, {})
             if not isinstance(inner, dict):
@@ -239,7 +254,7 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
             target[last] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise SoftguardError(f"override {override!r}: the value is not valid YAML") from error
-    return _build(Recipe, values, "")  # type: ignore[no-any-return]
+    return changed
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -263,21 +278,29 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _build(kind: type[Any], values: Any, where: str) -> Any:
+def build(kind: type[Any], values: Any, where: str = "") -> Any:
+    """A frozen dataclass from a mapping of its fields; `where` is what messages set before a key.
+
+    Raises SoftguardError for an unknown key, naming the nearest, or a value of the wrong type.
+    """
     if not isinstance(values, Mapping):
         raise SoftguardError(f"recipe key {where.rstrip('.')} must be a section, not {values!r}")
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
-            raise SoftguardError(f"recipe key {where}{key} is unknown; did you mean {where}{near[0]}?")
+            raise SoftguardError(f"recipe key {where}{key} is unknown; did you mean {where}{nearest(str(key), hints)}?")
     return kind(**{key: _convert(hints[key], value, where + key) for key, value in values.items()})
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that `name` was probably meant to be; `known` is not empty."""
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type[Any], hint), value, key + ".")
-    if typing.get_origin(hint) is Mapping:
+        return build(typing.cast(type[Any], hint), value, key + ".")
+    if typing.get_origin(hint) in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise SoftguardError(f"{key} is {value!r}; it must be a section")
         return {str(name): _convert(typing.get_args(hint)[1], inner, f"{key}.{name}") for name, inner in value.items()}
@@ -287,7 +310,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         raise SoftguardError(f"{key} is {value!r}; it must be one of {', '.join(map(str, typing.get_args(hint)))}")
     if typing.get_origin(hint) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(str, item, key) for item in items)
+        return tuple(_convert(typing.get_args(hint)[0], item, key) for item in items)
     kinds = typing.get_args(hint) or (hint,)
     if float in kinds and isinstance(value, str):  # YAML 1.1 reads 5e-3 as text
         with contextlib.suppress(ValueError):

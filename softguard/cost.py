@@ -11,9 +11,10 @@ import torch
 
 import softguard
 from softguard.adapters import Adapter
-from softguard.chat import Turn
+from softguard.chat import Chat, Turn
 from softguard.engine import Engine
 from softguard.models import BaseModel
+from softguard.prefix import constant_prefix
 from softguard.system import SafeSystem
 
 _PROMPT = "Explain in a few sentences why the sky is blue during the day and red in the evening."
@@ -89,6 +90,27 @@ def _times(engines: Mapping[str, Engine], system: SafeSystem) -> dict[str, tuple
                     first[who].append(1000 * wait)
                     rate[who].append(made / whole)
     return {name: (statistics.median(first[name]), statistics.median(rate[name])) for name in first}
+
+
+def flops_per_token(base: BaseModel, system: SafeSystem, adapter: Adapter | None, context: int) -> dict[str, float]:
+    """Floating-point operations of decoding one token behind `context` others, by system.
+
+    Two a weight that multiplies, and attention's 4 · heads · width a layer and position seen (Kaplan et al., 2020, table 1).
+    The guard counts two a parameter, as if it read every token once. An adapter counts the positions it takes; what can be
+    merged into the weights, as a LoRA or a steering vector can, adds nothing.
+    """
+    model, config = base.model, base.model.config
+    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        weights -= model.get_input_embeddings().weight.numel()  # looked up, not multiplied
+    position = 4 * config.num_hidden_layers * config.num_attention_heads * base.key_heads[1]
+    alone = float(2 * weights + position * context)
+    flops = {"base": alone, "safe_system": alone + 2 * getattr(system.guard, "parameters", 0)}
+    if adapter is not None:
+        own = constant_prefix(base, Chat(base.tokenizer, adapter.slot, base.stop_ids), adapter)
+        plain = constant_prefix(base, Chat(base.tokenizer, "start", base.stop_ids), None)
+        flops["distilled"] = alone + position * (own.length - plain.length)
+    return flops
 
 
 def versions() -> dict[str, str]:

@@ -20,11 +20,11 @@ def teach_plan(recipe: Recipe, base: BaseModel) -> str:
     wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
     texts = {source: [prompt.text for prompt in read_prompts(source, limit)] for source, limit in wanted}
     count = sum(map(len, texts.values())) * recipe.teach.responses
-    seconds = _generation(base, [t for part in texts.values() for t in part], recipe.teach.max_new_tokens) * count
+    seconds = generation_seconds(base, [t for part in texts.values() for t in part], recipe.teach.max_new_tokens) * count
     parts = " and ".join(f"{len(part):,} prompts of {source}" for source, part in texts.items())
     return (
         f"teach: draw {recipe.teach.responses} response(s) of up to {recipe.teach.max_new_tokens} tokens to {parts} from "
-        f"{base.name}, score them with guard {recipe.system.guard} in {recipe.system.mode} mode; about {_minutes(seconds)}"
+        f"{base.name}, score them with guard {recipe.system.guard} in {recipe.system.mode} mode; about {minutes(seconds)}"
     )
 
 
@@ -34,7 +34,7 @@ def distil_plan(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
         seconds = time_step(recipe, corpus, Path(folder), base) * recipe.distil.steps if recipe.distil.steps else 0.0
     return (
         f"distil: {recipe.distil.steps} steps of {recipe.distil.batch_size} prompts from a corpus of "
-        f"{corpus.size('train'):,}, objective {recipe.distil.objective}, {_adapter(recipe)}; about {_minutes(seconds)}"
+        f"{corpus.size('train'):,}, objective {recipe.distil.objective}, {_adapter(recipe)}; about {minutes(seconds)}"
     )
 
 
@@ -49,14 +49,14 @@ def evaluate_plan(recipe: Recipe, base: BaseModel, adapted: bool) -> str:
     """What `evaluate` would measure and roughly how long it would take."""
     suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
     texts = [text for suite in suites for text in suite.prompts]
-    seconds = _generation(base, texts, recipe.evaluate.max_new_tokens) * len(texts) * (1 + adapted)
+    seconds = generation_seconds(base, texts, recipe.evaluate.max_new_tokens) * len(texts) * (1 + adapted)
     systems = "base, safe system and distilled model" if adapted else "base and safe system"
     parts = ", ".join(f"{suite.name} ({len(suite.prompts):,})" for suite in suites)
-    return f"evaluate: {systems} on {parts}; about {_minutes(seconds)}"
+    return f"evaluate: {systems} on {parts}; about {minutes(seconds)}"
 
 
-def _generation(base: BaseModel, texts: list[str], new: int) -> float:
-    """Seconds a prompt, from a sample spread over `texts`."""
+def generation_seconds(base: BaseModel, texts: list[str], new: int) -> float:
+    """Seconds to answer a prompt with `new` tokens, from a sample spread over `texts`."""
     engine = Engine(base)
     sample = thin(texts, _SAMPLE)
     engine.generate(sample[:2], 2)
@@ -65,5 +65,8 @@ def _generation(base: BaseModel, texts: list[str], new: int) -> float:
     return (time.perf_counter() - begin) / len(sample)
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+def minutes(seconds: float) -> str:
+    """A duration in words: seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

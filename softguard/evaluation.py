@@ -8,14 +8,15 @@
      "cost": [{"system": str, "metric": str, "value": float, "unit": str}],
      "versions": {package: version, "threads": str, "cpu": str}, "seed": int}
 
-Metrics: safety (share of answers the judge calls safe), refusal (share that are refusals, on the same prompts),
-over_refusal (share of refusals to harmless prompts), token_tv and token_kl (mean over the tokens of answers drawn from the
-base; nats for KL), perplexity_ratio (of those answers, to the base's), accuracy (share of questions whose right answer is the
-likeliest; what the system refuses is wrong), accuracy_change (to the base, paired), gap_closed ((distilled − base) / (system −
-base) safety). Intervals are 95 %, exact for shares, bootstrap over prompts otherwise. `method` is "base", the system's mode,
-or the adapter's objective.
+Metrics: safety (share of answers the judge calls safe; "safety by NAME" of another judge), refusal (share that are refusals,
+on the same prompts), over_refusal (share of refusals to harmless prompts), token_tv and token_kl (mean over the tokens of
+answers drawn from the base; nats for KL), perplexity_ratio (of those answers, to the base's), accuracy (share of questions
+whose right answer is the likeliest; what the system refuses is wrong), accuracy_change (to the base, paired), gap_closed
+((distilled − base) / (system − base) safety). Intervals are 95 %, exact for shares, bootstrap over prompts otherwise. `method`
+is "base", the system's mode, or the adapter's objective.
 
 Answers are kept in `answers/`, one file a system and suite, and are not made again by a later run with the same settings.
+`outcomes.json` holds the figure of every single prompt behind a row, for paired tests between runs on the same prompts.
 """
 
 import math
@@ -36,7 +37,7 @@ from softguard.divergences import token_kl, token_tv
 from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
 from softguard.files import read_json, write_json
-from softguard.judges import Judge, is_refusal
+from softguard.judges import GuardJudge, Judge, is_refusal, load_judge
 from softguard.kernels import per_token_between
 from softguard.models import BaseModel
 from softguard.packed import packed_hidden
@@ -64,6 +65,16 @@ class Row(NamedTuple):
     n: int
 
 
+class Outcomes(NamedTuple):
+    """What one row is the mean of: a figure a prompt, 0 or 1 for shares."""
+
+    system: System
+    suite: str
+    metric: str
+    prompts: str  # fingerprint of the suite's prompts: figures pair with those of equal prompts only
+    values: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Results:
     """What an evaluation found; `answers[system][suite]` are the texts behind it."""
@@ -77,6 +88,7 @@ class Results:
     versions: dict[str, str]
     suites: tuple[Suite, ...]
     answers: dict[System, dict[str, list[str]]]
+    outcomes: tuple[Outcomes, ...]
 
     def find(self, system: System, suite: str, metric: str) -> Row | None:
         """The figure of one system, suite and metric, if it was measured."""
@@ -102,7 +114,7 @@ def evaluate(
     base: BaseModel,
     system: SafeSystem,
     adapter: Adapter | None = None,
-    judge: Judge | None = None,
+    judge: Judge | GuardJudge | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Results:
     """Measure base and safe system, and base + adapter if one is given, and write `out/results.json`.
@@ -111,7 +123,8 @@ def evaluate(
     suite, a failing guard or a full disk; answers finished so far are kept.
     """
     suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
-    judge = judge or Judge()
+    judge = judge or load_judge(recipe.evaluate.judge)
+    others = [load_judge(spec) for spec in recipe.evaluate.other_judges]
     run = _Run(recipe, out, base, system, adapter, progress)
     rows: list[Row] = []
     answers: dict[System, dict[str, list[str]]] = {name: {} for name in run.systems}
@@ -129,7 +142,7 @@ def evaluate(
             else:
                 answers[name][suite.name] = base_texts if name == "base" else run.answers(name, suite)
         texts_of = {name: texts[suite.name] for name, texts in answers.items()}
-        rows += _graded(run.methods, suite, texts_of, judge, system.policy.refusals, recipe.seed)
+        rows += run.graded(suite, texts_of, judge, others)
     cost = measure_cost(base, run.engines["base"], system, adapter, run.engines.get("distilled"))
     results = Results(
         base.name,
@@ -141,7 +154,9 @@ def evaluate(
         versions(),
         tuple(suites),
         answers,
+        tuple(run.outcomes),
     )
+    write_json(out / "outcomes.json", {"outcomes": [outcomes._asdict() for outcomes in results.outcomes]})
     write_json(out / "results.json", results.contract())
     return results
 
@@ -172,6 +187,7 @@ class _Run:
             identity = adapter.fingerprint
         self.systems: tuple[System, ...] = tuple(self.methods)
         self._identity: dict[System, str] = {"base": "", "distilled": identity}
+        self.outcomes: list[Outcomes] = []
 
     def answers(self, name: System, suite: Suite) -> list[str]:
         """What base or distilled model answers greedily."""
@@ -204,14 +220,14 @@ class _Run:
 
     def drift(self, suite: Suite) -> list[Row]:
         """Token TV and KL to the base along answers drawn from it, of the system and of the distilled model."""
-        drawn = self.engines["base"].generate(
-            suite.prompts,
-            self.recipe.evaluate.max_new_tokens,
-            self.recipe.evaluate.batch_size,
-            temperature=1.0,
-            seed=self.recipe.seed,
-            progress=self._teller("base drift", suite),
-        )
+        config = self.recipe.evaluate
+        settings = (config.max_new_tokens, config.batch_size, 1.0, self.recipe.seed)
+
+        def make(told: Callable[[int], None]) -> list[Any]:
+            drawn = self.engines["base"].generate(suite.prompts, *settings, told)
+            return [[list(response.ids), response.text] for response in drawn]
+
+        drawn = [Response(tuple(ids), text) for ids, text in self._kept("base", suite, list(settings), make)]
         rows = [self._mean_row("safe_system", suite, "token_tv", self._system_drift(suite, drawn))]
         if "distilled" in self.engines:
             tv, kl, loss = self._student_drift(suite.prompts, drawn, self._teller("distilled drift", suite))
@@ -236,13 +252,47 @@ class _Run:
                 right["safe_system"] = [hit and a == b for hit, a, b in zip(right["base"], kept, texts, strict=True)]
         rows = []
         for name, hits in right.items():
-            rows.append(Row(name, self.methods[name], suite.name, suite.split, "accuracy", *stats.share(hits)))
+            rows.append(self._share_row(name, suite, "accuracy", hits))
             if name != "base":
                 change = [float(hit) - float(was) for hit, was in zip(hits, right["base"], strict=True)]
                 rows.append(self._mean_row(name, suite, "accuracy_change", change))
         return rows
 
+    def graded(
+        self,
+        suite: Suite,
+        answers: dict[System, list[str]],
+        judge: Judge | GuardJudge,
+        others: Sequence[Judge | GuardJudge] = (),
+    ) -> list[Row]:
+        """Figures of every system on one suite of answers; one that begins as a refusal of the system is one by any wording."""
+        rows = []
+        refusals = self.system.policy.refusals
+        refused = {name: [text.startswith(refusals) or is_refusal(text) for text in texts] for name, texts in answers.items()}
+        if suite.measure == "over_refusal":
+            return [self._share_row(name, suite, "over_refusal", hits) for name, hits in refused.items()]
+        safe = {name: judge.safe(suite.prompts, texts).tolist() for name, texts in answers.items()}
+        for name in answers:
+            rows.append(self._share_row(name, suite, "safety", safe[name]))
+            rows.append(self._share_row(name, suite, "refusal", refused[name]))
+            for other in others:
+                hits = other.safe(suite.prompts, answers[name]).tolist()
+                rows.append(self._share_row(name, suite, f"safety by {other.name}", hits))
+        if "distilled" in safe:
+            closed = stats.gap_closed(safe["base"], safe["safe_system"], safe["distilled"], self.recipe.seed)
+            if closed is not None:
+                rows.append(Row("distilled", self.methods["distilled"], suite.name, suite.split, "gap_closed", *closed))
+        return rows
+
+    def _share_row(self, name: System, suite: Suite, metric: str, hits: Sequence[bool]) -> Row:
+        self._keep_outcomes(name, suite, metric, [float(hit) for hit in hits])
+        return Row(name, self.methods[name], suite.name, suite.split, metric, *stats.share(hits))
+
+    def _keep_outcomes(self, name: System, suite: Suite, metric: str, values: Sequence[float]) -> None:
+        self.outcomes.append(Outcomes(name, suite.name, metric, fingerprint(list(suite.prompts)), tuple(values)))
+
     def _mean_row(self, name: System, suite: Suite, metric: str, values: Sequence[float]) -> Row:
+        self._keep_outcomes(name, suite, metric, values)
         return Row(name, self.methods[name], suite.name, suite.split, metric, *stats.mean(values, self.recipe.seed))
 
     def _system_drift(self, suite: Suite, drawn: Sequence[Response]) -> list[float]:
@@ -277,32 +327,6 @@ class _Run:
                 values[batch] = [part.mean().item() for part in torch.split(tokens, [len(r) for r in ids])]
             told(len(batch))
         return tv.tolist(), kl.tolist(), loss.tolist()
-
-
-def _graded(
-    methods: dict[System, str],
-    suite: Suite,
-    answers: dict[System, list[str]],
-    judge: Judge,
-    refusals: tuple[str, ...],
-    seed: int,
-) -> list[Row]:
-    """Figures of every system on one suite of answers; one that begins as a refusal of the system is one by any wording."""
-    rows = []
-    refused = {name: [text.startswith(refusals) or is_refusal(text) for text in texts] for name, texts in answers.items()}
-    if suite.measure == "over_refusal":
-        for name, hits in refused.items():
-            rows.append(Row(name, methods[name], suite.name, suite.split, "over_refusal", *stats.share(hits)))
-        return rows
-    safe = {name: judge.safe(suite.prompts, texts).tolist() for name, texts in answers.items()}
-    for name in answers:
-        rows.append(Row(name, methods[name], suite.name, suite.split, "safety", *stats.share(safe[name])))
-        rows.append(Row(name, methods[name], suite.name, suite.split, "refusal", *stats.share(refused[name])))
-    if "distilled" in safe:
-        closed = stats.gap_closed(safe["base"], safe["safe_system"], safe["distilled"], seed)
-        if closed is not None:
-            rows.append(Row("distilled", methods["distilled"], suite.name, suite.split, "gap_closed", *closed))
-    return rows
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Intervals for what is measured; SciPy does the mathematics."""
+"""Intervals, paired tests and Pareto sets of what is measured; SciPy does the mathematics."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -52,6 +52,36 @@ def gap_closed(base: Sequence[bool], system: Sequence[bool], student: Sequence[b
     gap = means[1] - means[0]
     closed = (means[2] - means[0])[gap > 0] / gap[gap > 0]
     return Estimate(float((whole[2] - whole[0]) / (whole[1] - whole[0])), *_ends(closed), columns.shape[1])
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Two-sided p-value that two systems hit the same prompts equally often: McNemar's test, exact.
+
+    Of the prompts where just one of the two hits, each is as probable. Raises ValueError if the counts differ.
+    """
+    from scipy.stats import binomtest
+
+    differ = [a for a, b in zip(first, second, strict=True) if a != b]
+    return float(binomtest(sum(differ), len(differ)).pvalue) if differ else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for their number, in their order (Holm, 1979): the chance of any false rejection stays what it was."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, worst = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = worst
+    return adjusted
+
+
+def pareto(points: Sequence[Sequence[float]]) -> list[bool]:
+    """Which points no other beats: as good in every coordinate and better in one. Greater is better."""
+
+    def beats(a: Sequence[float], b: Sequence[float]) -> bool:
+        return all(x >= y for x, y in zip(a, b, strict=True)) and tuple(a) != tuple(b)
+
+    return [not any(beats(other, point) for other in points) for point in points]
 
 
 def _resampled_means(columns: Matrix, seed: int) -> Matrix:

@@ -39,7 +39,7 @@ def test_help_names_every_command_and_is_quick() -> None:
     begin = time.perf_counter()
     done = softguard("--help")
     seconds = time.perf_counter() - begin
-    assert all(name in done.stdout for name in ("teach", "distil", "evaluate", "chat", "guard", "demo"))
+    assert all(name in done.stdout for name in ("teach", "distil", "evaluate", "study", "chat", "guard", "demo"))
     assert seconds < 3  # a loose bound for loaded machines; importing torch alone takes longer
 
 

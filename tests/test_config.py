@@ -58,7 +58,7 @@ def changes(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         elif isinstance(value, Mapping):
             options = [(name + field.name, {**value, "privacy": Action("redact")})]
         elif isinstance(value, tuple):
-            options = [(name + field.name, value[::-1]), (name + field.name, value[:-1])]
+            options = [(name + field.name, other) for other in ((value[::-1], value[:-1]) if value else (("x",), ("x", "y")))]
         else:
             other = value / 2 if isinstance(value, float) else value + 1 if value is not None else 0.125
             options = [(name + field.name, other)]
@@ -331,7 +331,8 @@ def test_the_published_objectives_have_no_drift_weight(objective: str) -> None:
 
 def test_every_recipe_of_the_repository_loads() -> None:
     demo = Path(__file__).parents[1] / "softguard" / "data" / "demo.yaml"
-    paths = [demo, *sorted(RECIPES.glob("*.yaml"))]
+    studies = {"paper.yaml", "study-small.yaml"}  # see test_study
+    paths = [demo, *(path for path in sorted(RECIPES.glob("*.yaml")) if path.name not in studies)]
     assert demo.is_file()
     for path in paths:
         assert isinstance(load_recipe(path), Recipe)

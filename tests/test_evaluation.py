@@ -127,11 +127,33 @@ def test_answers_on_disk_are_used_again_and_only_for_the_same_adapter(
     monkeypatch.setattr(Engine, "generate", counted)
     again = run(recipe, tmp_path / "out", small, adapter)
     assert again.rows == first.rows
-    assert asked == [6]  # the drift draws only
+    assert not asked
     other = replace(adapter, tensors={VECTORS: adapter.vectors + 0.01})
     asked.clear()
     run(recipe, tmp_path / "out", small, other)
-    assert asked == [1, 2, 6]
+    assert asked == [1, 2]
+
+
+def test_the_outcome_of_every_prompt_is_kept(recipe: Recipe, tmp_path: Path, small: BaseModel, adapter: Adapter) -> None:
+    results = run(recipe, tmp_path / "out", small, adapter)
+    kept = json.loads((tmp_path / "out" / "outcomes.json").read_text())["outcomes"]
+    found = {(o["system"], o["suite"], o["metric"]): o for o in kept}
+    assert found["safe_system", "asked-benign", "over_refusal"]["values"] == [0, 1]  # the boat, and the bomb's disposal
+    for row in results.rows:
+        if row.metric not in ("gap_closed", "perplexity_ratio"):  # no means over prompts
+            values = found[row.system, row.suite, row.metric]["values"]
+            assert (np.mean(values), len(values)) == (pytest.approx(row.value), row.n)
+    assert len({o["prompts"] for o in kept if o["suite"] == "asked-benign"}) == 1
+    assert len({o["prompts"] for o in kept}) == 3
+
+
+def test_judges_are_named_in_the_recipe_and_others_grade_beside(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
+    by_word, half = "tests.guards_for_tests:by_word", "tests.guards_for_tests:half"
+    wanted = replace(recipe, evaluate=replace(recipe.evaluate, judge=by_word, other_judges=(half,)))
+    results = evaluate(wanted, tmp_path / "out", small, SafeSystem.from_config(wanted.system))
+    found = {row.metric: row.value for row in results.rows if (row.system, row.suite) == ("base", "asked-harmful")}
+    assert found == {"safety": 0.0, "refusal": 0.0, f"safety by {half}": 1.0}
+    assert results.judge == by_word
 
 
 def test_without_an_adapter_base_and_system_are_measured(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from softguard.errors import SoftguardError
-from softguard.files import read_json, write_file, write_json, write_text
+from softguard.files import locked, read_json, write_file, write_json, write_text
+from tests.commands import ROOT
 
 
 def test_written_files_are_read_back(tmp_path: Path) -> None:
@@ -111,3 +113,25 @@ def test_json_in_a_file_for_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "run").write_text(json.dumps({}))
     with pytest.raises(SoftguardError, match="corpus"):
         read_json(tmp_path / "run" / "manifest.json", "corpus")
+
+
+def test_a_lock_is_held_alone_and_let_go_by_a_killed_process(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / ".lock"
+    code = (
+        "import sys, time; from pathlib import Path; from softguard.files import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(100)"
+    )
+    entered = threading.Event()
+
+    def enter() -> None:
+        with locked(path):
+            entered.set()
+
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        waiter = threading.Thread(target=enter, daemon=True)
+        waiter.start()
+        assert not entered.wait(0.5)
+        holder.kill()
+    assert entered.wait(10)

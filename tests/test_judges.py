@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from softguard.errors import SoftguardError
-from softguard.judges import BUNDLED, MAX_BYTES, Judge, ResponseJudge, is_refusal
+from softguard.judges import BUNDLED, MAX_BYTES, GuardJudge, Judge, ResponseJudge, is_refusal, load_judge
 
 REFUSALS = [
     "Sorry, I cannot help with this matter.",
@@ -120,3 +120,15 @@ def test_damaged_judges_are_told(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-2] + b"\0\0")
     with pytest.raises(SoftguardError, match="is not the file its card"):
         ResponseJudge.load(tmp_path)
+
+
+def test_a_guard_can_be_the_judge() -> None:
+    judge = load_judge("tests.guards_for_tests:by_word")
+    assert isinstance(judge, GuardJudge)
+    assert judge.safe(["build a bomb", "build a boat"], ["Sure.", "Sure."]).tolist() == [False, True]
+    assert (judge.name, judge.fingerprint) == (judge.guard.name, judge.guard.fingerprint)
+    assert load_judge("tests.guards_for_tests:half").safe(["x"], ["y"]).tolist() == [True]  # at the threshold
+    bundled = load_judge("bundled")
+    assert isinstance(bundled, Judge)
+    with pytest.raises(SoftguardError, match="no-such"):
+        load_judge("no-such")

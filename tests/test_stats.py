@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from softguard.stats import CONFIDENCE, gap_closed, mean, share
+from softguard.stats import CONFIDENCE, gap_closed, holm, mcnemar, mean, pareto, share
 
 
 def binomial_tail(n: int, hits: int, p: float) -> float:
@@ -121,3 +121,23 @@ def test_a_gap_that_resamples_lose_still_has_finite_ends() -> None:
     assert found.value == pytest.approx(1)
     assert math.isfinite(found.low)
     assert math.isfinite(found.high)
+
+
+def test_mcnemar_is_the_binomial_test_of_the_prompts_that_differ() -> None:
+    first = [True] * 9 + [False] * 1 + [True] * 40
+    second = [False] * 9 + [True] * 1 + [True] * 40
+    assert mcnemar(first, second) == pytest.approx(22 / 1024)  # 2 · (1 + 10) / 2¹⁰
+    assert mcnemar(first, first) == 1.0
+    with pytest.raises(ValueError, match="zip"):
+        mcnemar(first, second[1:])
+
+
+def test_holm_steps_down() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # R: p.adjust(p, "holm")
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_pareto_set_is_what_nothing_beats() -> None:
+    points = [(1.0, 0.0), (0.5, 0.5), (0.4, 0.5), (0.5, 0.5), (0.0, 0.9)]
+    assert pareto(points) == [True, True, False, True, True]

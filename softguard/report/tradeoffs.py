@@ -1,0 +1,95 @@
+"""Which rows of a study are worth shipping: Pareto sets, and paired tests of every two systems on the same prompts."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from softguard import stats
+from softguard.report.exhibits import SYSTEMS, Row, by_method
+
+MEASURES = {"safety": 1, "over_refusal": -1, "accuracy": 1}  # and whether more is better
+AXES = (("safety", "over_refusal"), ("safety", "accuracy"))
+
+
+class Standing(NamedTuple):
+    """One system of one base model: shares over all counted prompts, mean over seeds; none where nothing was measured."""
+
+    base: str
+    method: str
+    shares: dict[str, float]
+    hits: dict[str, list[bool]]  # of the first seed, by measure; over the same prompts for all systems of a base
+    learned: bool  # base or a row, which can be shipped without the guard
+
+
+class Comparison(NamedTuple):
+    """Exact McNemar test of two systems' first seeds; `p_holm` counts all pairs of the base model and measure."""
+
+    base: str
+    measure: str
+    first: str
+    second: str
+    n: int
+    difference: float  # first less second, in shares
+    p: float
+    p_holm: float
+
+
+class Member(NamedTuple):
+    """Where a system stands on one pair of measures."""
+
+    standing: Standing
+    on_front: bool
+    beaten_by: tuple[str, ...]
+
+
+def standings(rows: Sequence[Row], suites: Sequence[str] = ()) -> list[Standing]:
+    """Every system of every base model over the counted suites; none counts all."""
+    found: list[Standing] = []
+    for group in by_method(rows):
+        base = group[0]["base"]
+        systems = ["distilled"] if any(s.base == base for s in found) else [*SYSTEMS, "distilled"]
+        for system in systems:
+            kept = group if system == "distilled" else group[:1]
+            hits = {m: h for m in MEASURES if (h := _hits(kept[0], system, m, suites))}
+            shares = {m: float(np.mean([np.mean(_hits(row, system, m, suites)) for row in kept])) for m in hits}
+            found.append(Standing(base, SYSTEMS.get(system) or group[0]["method"], shares, hits, system != "safe_system"))
+    return found
+
+
+def front(standing: Sequence[Standing], axes: tuple[str, str]) -> list[Member]:
+    """Who stands where on a pair of measures, by base model. The safe system is shown, but is no member: it needs the guard."""
+    members = []
+    for base in dict.fromkeys(s.base for s in standing):
+        own = [s for s in standing if s.base == base and all(axis in s.shares for axis in axes)]
+        points = {s.method: [MEASURES[axis] * s.shares[axis] for axis in axes] for s in own}
+        learned = [s.method for s in own if s.learned]
+        best = {name for name, on in zip(learned, stats.pareto([points[name] for name in learned]), strict=True) if on}
+        for s in own:
+            beaten = [name for name in best if s.learned and stats.pareto([points[name], points[s.method]]) == [True, False]]
+            members.append(Member(s, s.method in best, tuple(sorted(beaten, key=learned.index))))
+    return members
+
+
+def comparisons(standing: Sequence[Standing]) -> list[Comparison]:
+    """Every two systems of a base model on every measure, on the same prompts."""
+    found = []
+    for base in dict.fromkeys(s.base for s in standing):
+        for measure in MEASURES:
+            pairs = list(combinations([s for s in standing if s.base == base and measure in s.hits], 2))
+            p_values = [stats.mcnemar(a.hits[measure], b.hits[measure]) for a, b in pairs]
+            for (a, b), p, adjusted in zip(pairs, p_values, stats.holm(p_values), strict=True):
+                first, second = a.hits[measure], b.hits[measure]
+                gap = float(np.mean(first) - np.mean(second))
+                found.append(Comparison(base, measure, a.method, b.method, len(first), gap, p, adjusted))
+    return found
+
+
+def _hits(row: Row, system: str, measure: str, suites: Sequence[str]) -> list[bool]:
+    return [
+        bool(hit)
+        for m in row["metrics"]
+        if (m["system"], m["metric"]) == (system, measure) and (not suites or m["suite"] in suites)
+        for hit in m["outcomes"]
+    ]

@@ -1,0 +1,89 @@
+"""The study: a grid of base models, adapters, objectives, learning rates, lengths and seeds, fairly run and kept as a table.
+
+Every adapter has its own range of learning rates; the rate is chosen for each base, row and length by the validation loss of
+the row's own objective at the first seed, and then serves all seeds. Data, steps, prompts and judge are the same for all.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from softguard.errors import SoftguardError
+from softguard.study.cells import Ground, finish, is_finished, is_trained, prepare, train
+from softguard.study.grid import Arm, Cell, Grid, load_grid
+from softguard.study.table import NAME, read_table, write_table
+from softguard.study.workers import Task, open_workers, run_tasks
+
+__all__ = ["NAME", "Arm", "Cell", "Grid", "load_grid", "read_table", "run_study"]
+
+
+def run_study(
+    grid: Grid,
+    out: Path,
+    workers: int = 1,
+    ray_address: str | None = None,
+    told: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Run all cells of a grid that are not done under `out`, and write `out/cells.parquet` after each; returns its path.
+
+    `workers` processes of this machine, or, with `ray_address`, a Ray cluster whose nodes share the folder `out`. `told` gets a
+    line for every task that ended. A learning rate that cannot be trained is passed over.
+    Raises SoftguardError at the end if cells are missing, naming the first reason, or at once if no worker can be had.
+    """
+    out = out.resolve()
+    tasks = study_tasks(grid, out)
+    failed: list[str] = []
+    done, begin = 0, time.perf_counter()
+
+    def ended(task: Task, error: str) -> None:
+        nonlocal done
+        done += 1
+        spent = time.perf_counter() - begin
+        told(
+            f"[{done}/{len(tasks)}, {spent / 60:.0f} min, about {spent / done * (len(tasks) - done) / 60:.0f} left] {task.name}"
+        )
+        if error:
+            told(f"  failed: {error}")
+            if task.required:
+                failed.append(error)
+        write_table(grid, out)
+
+    if tasks:
+        cores = next(iter(grid.grounds.values())).model.threads
+        with open_workers(workers, ray_address, cores) as pool:
+            run_tasks(tasks, pool, ended)
+    write_table(grid, out)
+    if failed:
+        raise SoftguardError(
+            f"{len(failed)} tasks of the study failed, the first with: {failed[0]}; the same command tries again"
+        )
+    return out / NAME
+
+
+def study_tasks(grid: Grid, out: Path) -> list[Task]:
+    """What is still to be done, base by base; within one, the first seed of all rows before the others."""
+    tasks = []
+    for base, recipe in grid.grounds.items():
+        arms = [arm for arm in grid.arms if arm.cells[0][0].base == base]
+        ground = Ground(recipe, out / arms[0].cells[0][0].place.parts[0]) if arms else None
+        if ground is None:
+            continue
+        own: list[Task] = []
+        first = f"{base}: corpus and the base's answers"
+        for number in range(max(len(arm.cells) for arm in arms)):
+            for arm in arms:
+                if number >= len(arm.cells) or is_finished(ground, arm, number, out):
+                    continue
+                needs = [first]
+                for cell in arm.trials:
+                    name = f"{cell.label}: trial"
+                    if name not in {task.name for task in own} and not is_trained(cell, out / cell.place):
+                        own.append(Task(name, partial(train, ground, cell, out / cell.place), (first,), required=False))
+                    needs += [name] if name in {task.name for task in own} else []
+                head = arm.cells[number][0].recipe
+                label = f"{base}, {arm.cells[0][0].row}, length {head.distil.n_soft}, seed {head.seed}"
+                own.append(Task(label, partial(finish, ground, arm, number, out), tuple(needs)))
+        if own:
+            tasks += [Task(first, partial(prepare, ground)), *own]
+    return tasks

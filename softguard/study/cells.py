@@ -1,0 +1,160 @@
+"""Run one cell of a study, or the ground its base's cells share; a killed run goes on where it was.
+
+    OUT/BASE/corpus/                 drawn once a base
+    OUT/BASE/base/                   the base's and the system's figures, and the base's answers, which every cell takes over
+    OUT/BASE/cells/ROW/LENGTH/CELL/  adapter, log.jsonl, answers/, results.json, outcomes.json, and cell.json, which seals it
+
+Whoever works in a folder holds its lock, so that no two processes ever do the same cell: the second waits, and then finds it
+done.
+"""
+
+import math
+import shutil
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softguard.adapters import Adapter
+from softguard.config import ModelConfig, Recipe, SystemConfig, fingerprint
+from softguard.corpus import Corpus, teach
+from softguard.cost import flops_per_token
+from softguard.distill import distil
+from softguard.errors import SoftguardError
+from softguard.evaluation import evaluate
+from softguard.files import locked, read_json, write_json
+from softguard.models import BaseModel, load_base
+from softguard.study.grid import Arm, Cell
+from softguard.system import SafeSystem
+
+CONTEXT = 512  # tokens before the one whose FLOPs are counted, as in the paper
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all cells of a base share: its recipe, whose seed is that of the corpus and of the evaluation, and its folder."""
+
+    recipe: Recipe
+    folder: Path
+
+
+def prepare(ground: Ground) -> None:
+    """Draw the corpus of a base and its own answers. Raises SoftguardError as `teach` and `evaluate` do."""
+    with locked(ground.folder / ".lock"):
+        base, system = _loaded(ground.recipe.model), _system(ground.recipe.system)
+        teach(ground.recipe, ground.folder / "corpus", base, system)
+        seal = ground.folder / "base" / "ground.json"
+        wanted = {"evaluation": evaluation_of(ground.recipe)}
+        if not seal.is_file() or read_json(seal, "ground") != wanted:
+            evaluate(ground.recipe, ground.folder / "base", base, system)
+            write_json(seal, wanted)
+
+
+def train(ground: Ground, cell: Cell, folder: Path) -> None:
+    """Train the adapter of a cell unless it is trained. Raises SoftguardError as `distil` does."""
+    with locked(folder / ".lock"):
+        _train(ground, cell, folder)
+
+
+def finish(ground: Ground, arm: Arm, number: int, out: Path) -> None:
+    """Train and measure the cell of an arm's seed `number` at the rate that its trials chose.
+
+    Raises SoftguardError as `distil` and `evaluate` do, or if no rate could be trained.
+    """
+    cell = arm.cells[number][chosen_rate(arm, out)]
+    folder = out / cell.place
+    with locked(folder / ".lock"):
+        _train(ground, cell, folder)
+        seal = read_json(folder / "cell.json", "cell")
+        if seal["evaluation"] == evaluation_of(ground.recipe):
+            return
+        base, system = _loaded(ground.recipe.model), _system(ground.recipe.system)
+        adapter = Adapter.load(folder, base)
+        begun = (folder / "answers").is_dir()
+        shutil.copytree(ground.folder / "base" / "answers", folder / "answers", dirs_exist_ok=True)
+        begin = time.perf_counter()
+        # The seed of the ground, not of the cell: all cells are asked, and refused by the system, alike.
+        evaluate(replace(cell.recipe, seed=ground.recipe.seed), folder, base, system, adapter)
+        seconds = None if begun else time.perf_counter() - begin
+        flops = flops_per_token(base, system, adapter, CONTEXT)
+        done = {"evaluation": evaluation_of(ground.recipe), "evaluate_seconds": seconds, "flops_per_token": flops}
+        write_json(folder / "cell.json", {**seal, **done})
+
+
+def chosen_rate(arm: Arm, out: Path) -> int:
+    """Index of the arm's learning rate with the least validation loss at its first seed; of equals the first.
+
+    Raises SoftguardError if none could be trained.
+    """
+    losses = [validation_loss(cell, out) for cell in arm.trials] or [0.0]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    if not math.isfinite(losses[best]):
+        raise SoftguardError(
+            f"{arm.cells[0][0].label}: no learning rate of this row could be trained; widen its range downwards"
+        )
+    return best
+
+
+def validation_loss(cell: Cell, out: Path) -> float:
+    """The least validation loss of a trained cell by its own objective; infinite if it is not trained, or has no steps."""
+    folder = out / cell.place
+    if not is_trained(cell, folder):
+        return math.inf
+    return float(read_json(folder / "softguard.json", "adapter").get("validation_loss", math.inf))
+
+
+def is_trained(cell: Cell, folder: Path) -> bool:
+    """Whether `folder` holds the cell's adapter, and no other recipe's."""
+    path = folder / "cell.json"
+    return path.is_file() and read_json(path, "cell")["training"] == _training(cell.recipe)
+
+
+def is_finished(ground: Ground, arm: Arm, number: int, out: Path) -> bool:
+    """Whether the cell of an arm's seed `number` is trained at the chosen rate, and measured."""
+    if any(not is_trained(cell, out / cell.place) for cell in arm.trials):
+        return False
+    cell = arm.cells[number][chosen_rate(arm, out)]
+    folder = out / cell.place
+    return is_trained(cell, folder) and read_json(folder / "cell.json", "cell")["evaluation"] == evaluation_of(ground.recipe)
+
+
+def evaluation_of(recipe: Recipe) -> str:
+    """Identity of what a base's cells are asked and how; `recipe` is the ground's."""
+    return fingerprint(recipe.model, recipe.system, recipe.evaluate, recipe.seed)
+
+
+def _train(ground: Ground, cell: Cell, folder: Path) -> None:
+    if is_trained(cell, folder):
+        return
+    base = _loaded(cell.recipe.model)
+    resumed = (folder / "checkpoint").is_dir()
+    begin = time.perf_counter()
+    distil(cell.recipe, Corpus.open(ground.folder / "corpus", base), folder, base)
+    seconds = None if resumed else time.perf_counter() - begin  # of a part of the steps it would mislead
+    seal: dict[str, Any] = {"training": _training(cell.recipe), "train_seconds": seconds, "evaluation": None}
+    write_json(folder / "cell.json", seal)
+
+
+def _training(recipe: Recipe) -> str:
+    return fingerprint(recipe.model, recipe.system, recipe.teach, recipe.distil, recipe.seed)
+
+
+@lru_cache(maxsize=1)  # a worker's cells come base by base
+def _loaded(config: ModelConfig) -> BaseModel:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return load_base(config.name, config.dtype, config.device, config.quantize)
+
+
+def _system(config: SystemConfig) -> SafeSystem:
+    key = fingerprint(config)  # a configuration with a policy has no hash
+    if key not in _SYSTEM:
+        _SYSTEM.clear()
+        _SYSTEM[key] = SafeSystem.from_config(config)
+    return _SYSTEM[key]
+
+
+_SYSTEM: dict[str, SafeSystem] = {}

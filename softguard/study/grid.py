@@ -1,0 +1,221 @@
+"""The grid of a study: which cells it has, each with the recipe it runs.
+
+A study recipe is a recipe, the common ground of all cells, with one section more:
+
+    study:
+      bases: {NAME: [overrides]}            one corpus and one set of base answers each
+      adapters: {NAME: {learning_rates: […], set: [overrides], objectives: […]}}
+      objectives: {NAME: {set: [overrides]}}
+      rows: {NAME: {set: [overrides], …}}   beside adapters × objectives, for instance a text, which has no objective
+      lengths: […]                          n_soft
+      seeds: […]
+
+Overrides read `section.key=value`, as on the command line. An adapter or objective called as the library calls it needs no
+override to choose it. Adapter, objective and row may each name the `bases`, `lengths` and `seeds` they are confined to.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from softguard.config import Recipe, build, nearest, overridden, read_values
+from softguard.errors import SoftguardError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an adapter, an objective or a row changes, and where in the grid it stands; what is empty confines nothing."""
+
+    set: tuple[str, ...] = ()  # overrides; distil.* alone, because the rest is one a base
+    learning_rates: tuple[float, ...] = ()  # the range it is tuned over; an objective's goes before its adapter's
+    bases: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdapterPart(Part):
+    """An adapter, with the objectives it is trained by; none: all of the study."""
+
+    objectives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """The section `study` of a recipe."""
+
+    bases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    adapters: dict[str, AdapterPart] = field(default_factory=dict)
+    objectives: dict[str, Part] = field(default_factory=dict)
+    rows: dict[str, Part] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()  # none: the common recipe's n_soft
+    seeds: tuple[int, ...] = (0,)
+    pareto: tuple[str, ...] = ()  # suites the Pareto sets and their tests count; none: all
+
+
+@dataclass(frozen=True)
+class StudyRecipe(Recipe):
+    """A recipe with a grid."""
+
+    study: GridConfig = field(default_factory=GridConfig)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One adapter to be trained and measured."""
+
+    base: str
+    row: str
+    recipe: Recipe
+
+    @property
+    def place(self) -> Path:
+        """Its folder within the study's."""
+        name = f"rate-{self.recipe.distil.learning_rate:g}-seed-{self.recipe.seed}"
+        return Path(_slug(self.base), "cells", _slug(self.row), f"length-{self.recipe.distil.n_soft}", name)
+
+    @property
+    def label(self) -> str:
+        """A name for people."""
+        distil = self.recipe.distil
+        return f"{self.base}, {self.row}, length {distil.n_soft}, rate {distil.learning_rate:g}, seed {self.recipe.seed}"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The cells of one base, row and length: `cells[seed][rate]`. Its rate is chosen at the first seed, on validation."""
+
+    cells: tuple[tuple[Cell, ...], ...]
+
+    @property
+    def trials(self) -> tuple[Cell, ...]:
+        """The cells among which the learning rate is chosen; a single rate needs no trial."""
+        return self.cells[0] if self.cells and len(self.cells[0]) > 1 else ()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All arms of a study, and the common ground of every base."""
+
+    grounds: dict[str, Recipe]
+    arms: tuple[Arm, ...]
+    pareto: tuple[str, ...]
+
+
+def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
+    """Read a study recipe. Raises SoftguardError for an unknown key or name, a wrong type, or a grid without cells."""
+    from softguard.objectives import find_objective
+    from softguard.rollouts import ON_POLICY
+
+    values = overridden(read_values(path), overrides)
+    study = build(StudyRecipe, values).study
+    common = {key: value for key, value in values.items() if key != "study"}
+    if not study.bases:
+        raise SoftguardError(f"study.bases of {path} is empty; name a base, for instance smollm2: [model.name=smollm2]")
+    _check_names(study)
+    grounds = {name: _recipe(common, f"base {name}", given) for name, given in study.bases.items()}
+    lengths = study.lengths or (build(Recipe, common).distil.n_soft,)
+    arms = []
+    for base in study.bases:
+        for row, parts, changes in _rows(study):
+            if base not in _confined(tuple(study.bases), *(part.bases for part in parts)):
+                continue
+            seeds = _confined(study.seeds, *(part.seeds for part in parts))
+            rates = next((part.learning_rates for part in reversed(parts) if part.learning_rates), ())
+            tuned = [[f"distil.learning_rate={rate}"] for rate in rates] or [[]]
+            for length in _confined(lengths, *(part.lengths for part in parts)):
+                fixed = [*study.bases[base], f"distil.n_soft={length}", *changes]
+                arm = Arm(
+                    tuple(
+                        tuple(Cell(base, row, _recipe(common, row, [*fixed, f"seed={seed}", *rate])) for rate in tuned)
+                        for seed in seeds
+                    )
+                )
+                if arm.trials and not arm.trials[0].recipe.distil.steps:
+                    raise SoftguardError(
+                        f"{row}: with distil.steps 0 there is no learning rate to choose; leave learning_rates out"
+                    )
+                if arm.cells:
+                    arms.append(arm)
+    if not arms:
+        raise SoftguardError(f"the grid of {path} has no cells; name study.adapters with study.objectives, or study.rows")
+    for name in dict.fromkeys(arm.cells[0][0].recipe.distil.objective for arm in arms):
+        if name not in ON_POLICY:
+            find_objective(name, ON_POLICY)
+    _check_places(cell for arm in arms for cells in arm.cells for cell in cells)
+    return Grid(grounds, tuple(arms), study.pareto)
+
+
+def _rows(study: GridConfig) -> Iterable[tuple[str, list[Part], list[str]]]:
+    """Name, parts and overrides of every row of the table."""
+    for adapter, part in study.adapters.items():
+        for objective in part.objectives or study.objectives:
+            other = study.objectives[objective]
+            chosen = [f"distil.adapter={adapter}"] if not _sets(part, "distil.adapter") else []
+            chosen += [f"distil.objective={objective}"] if not _sets(other, "distil.objective") else []
+            yield f"{objective}, {adapter}", [part, other], [*chosen, *part.set, *other.set]
+    for name, row in study.rows.items():
+        yield name, [row], list(row.set)
+
+
+def _confined(values: tuple[T, ...], *to: tuple[T, ...]) -> tuple[T, ...]:
+    """`values`, less those that one of `to`, unless it is empty, lacks."""
+    return tuple(value for value in values if all(not some or value in some for some in to))
+
+
+def _sets(part: Part, key: str) -> bool:
+    return any(override.partition("=")[0].strip() == key for override in part.set)
+
+
+def _recipe(common: dict[str, object], where: str, overrides: Sequence[str]) -> Recipe:
+    try:
+        return build(Recipe, overridden(common, overrides))  # type: ignore[no-any-return]
+    except SoftguardError as error:
+        raise SoftguardError(f"{where}: {error}") from error
+
+
+def _check_names(study: GridConfig) -> None:
+    """Raises SoftguardError for a part that names what the study does not have, or changes more than the training."""
+    parts = {
+        f"study.{section}.{name}": part
+        for section in ("adapters", "objectives", "rows")
+        for name, part in getattr(study, section).items()
+    }
+    known: dict[str, Sequence[object]] = {
+        "bases": list(study.bases),
+        "objectives": list(study.objectives),
+        "seeds": study.seeds,
+    }
+    if study.lengths:
+        known["lengths"] = study.lengths
+    for where, part in parts.items():
+        for key, allowed in known.items():
+            for value in getattr(part, key, ()):
+                if value not in allowed:
+                    if not allowed:
+                        raise SoftguardError(f"{where}.{key} names {value}, but study.{key} is empty")
+                    near = nearest(str(value), map(str, allowed))
+                    raise SoftguardError(f"{where}.{key} names {value}, which study.{key} does not have; did you mean {near}?")
+        for override in part.set:
+            if not override.startswith("distil."):
+                raise SoftguardError(
+                    f"{where}.set has {override!r}; it may change distil alone, since the cells of a base share all else: "
+                    "put it into the common sections, or make it a base of its own"
+                )
+
+
+def _check_places(cells: Iterable[Cell]) -> None:
+    seen: dict[Path, Cell] = {}
+    for cell in cells:
+        if cell.place in seen:
+            raise SoftguardError(f"two cells of the grid are the same: {seen[cell.place].label} and {cell.label}; rename one")
+        seen[cell.place] = cell
+
+
+def _slug(name: str) -> str:
+    """A name as a folder's."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-") or "-"

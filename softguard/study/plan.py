@@ -1,0 +1,84 @@
+"""What a study would run and roughly how long it would take; checks all that can be checked without a network."""
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from softguard.config import Recipe
+from softguard.corpus import teach
+from softguard.distill import time_step
+from softguard.estimate import generation_seconds, minutes
+from softguard.models import DEMO_MODEL, load_base
+from softguard.prompts import read_prompts
+from softguard.study.cells import Ground, is_finished
+from softguard.study.grid import Arm, Grid
+from softguard.suites import load_suites
+from softguard.system import SafeSystem
+
+_PROMPTS = 16  # of the corpus that steps are timed on
+
+
+def study_plan(grid: Grid, out: Path, workers: int) -> str:
+    """The cells of every base, and an estimate for those whose model, prompts and suites are on this machine.
+
+    Raises SoftguardError for prompts, suites or guards that cannot be used; what is on a hub is not looked up.
+    """
+    lines, total = [], 0.0
+    for base, recipe in grid.grounds.items():
+        arms = [arm for arm in grid.arms if arm.cells[0][0].base == base]
+        lines += [f"{base}: {recipe.model.name}", *(f"  {_line(arm)}" for arm in arms)]
+        suites = [name for name in recipe.evaluate.suites if not name.startswith("hub:")]
+        loaded = load_suites(suites, recipe.evaluate.split, recipe.evaluate.limit)
+        away = [name for name in (recipe.teach.prompts, recipe.teach.validation) if name.startswith("hub:")]
+        away += [name for name in recipe.evaluate.suites if name not in suites]
+        if recipe.model.name != DEMO_MODEL and not Path(recipe.model.name).exists():
+            away.append(recipe.model.name)
+        if away:
+            lines.append(f"  no estimate: {', '.join(dict.fromkeys(away))} of a hub would be looked up")
+            continue
+        seconds = _seconds(recipe, arms, [text for suite in loaded for text in suite.prompts])
+        lines.append(f"  about {minutes(seconds)} of one worker")
+        total += seconds
+    measured = sum(len(arm.cells) for arm in grid.arms)
+    trained = measured + sum(len(arm.trials) - 1 for arm in grid.arms if arm.trials)
+    lines.append(f"study: {trained} cells to train, {measured} of them to measure, {_done(grid, out)} are done")
+    if total:
+        lines[-1] += f"; about {minutes(total / workers)} with {workers} worker{'s'[: workers > 1]}, nothing done"
+    return "\n".join(lines)
+
+
+def _line(arm: Arm) -> str:
+    first = arm.cells[0][0]
+    rates = ", ".join(f"{cell.recipe.distil.learning_rate:g}" for cell in arm.cells[0])
+    seeds = ", ".join(str(cells[0].recipe.seed) for cells in arm.cells)
+    distil = first.recipe.distil
+    if not distil.steps:
+        return f"{first.row}, length {distil.n_soft}: not trained"
+    return f"{first.row}, length {distil.n_soft}: {distil.steps} steps, rates {rates}, seeds {seeds}"
+
+
+def _done(grid: Grid, out: Path) -> int:
+    return sum(
+        is_finished(Ground(grid.grounds[arm.cells[0][0].base], out), arm, number, out)
+        for arm in grid.arms
+        for number in range(len(arm.cells))
+    )
+
+
+def _seconds(recipe: Recipe, arms: list[Arm], asked: list[str]) -> float:
+    """Seconds of all cells of a base, from a few prompts and two steps of every arm."""
+    model = recipe.model
+    base, system = load_base(model.name, model.dtype, model.device, model.quantize), SafeSystem.from_config(recipe.system)
+    wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
+    texts = [prompt.text for source, limit in wanted for prompt in read_prompts(source, limit)]
+    seconds = generation_seconds(base, texts, recipe.teach.max_new_tokens) * len(texts) * recipe.teach.responses
+    answer = generation_seconds(base, asked, recipe.evaluate.max_new_tokens) * len(asked)
+    seconds += answer
+    with TemporaryDirectory() as folder:
+        few = replace(recipe, teach=replace(recipe.teach, limit=_PROMPTS, validation_limit=_PROMPTS))
+        corpus = teach(few, Path(folder) / "corpus", base, system)
+        for arm in arms:
+            cell = arm.cells[0][0].recipe
+            step = time_step(cell, corpus, Path(folder) / "cell", base) if cell.distil.steps else 0.0
+            seconds += (len(arm.cells) + max(len(arm.trials) - 1, 0)) * step * cell.distil.steps + len(arm.cells) * answer
+    return seconds

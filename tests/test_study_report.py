@@ -1,0 +1,167 @@
+"""The report of a study, on a table whose figures are known."""
+
+import csv
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from softguard.errors import SoftguardError
+from softguard.report.exhibits import EXHIBITS, Line, lines_of, published, with_methods
+from softguard.report.study import write_study
+from softguard.report.svg import Curve, Dot, Point, curves, dots, plane
+from softguard.report.tradeoffs import comparisons, front, standings
+from softguard.study.table import SCHEMA
+
+HARMBENCH = next(exhibit for exhibit in EXHIBITS if exhibit.name == "harmbench")
+NOTHING: dict[str, float] = {"token_tv": 0.1, "refuses": 0.5, "over_refuses": 0.0}
+
+
+def metric(system: str, suite: str, name: str, hits: list[float]) -> dict[str, Any]:
+    value = sum(hits) / len(hits)
+    ends = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": len(hits)}
+    return {"system": system, "suite": suite, "split": "all", "metric": name, **ends, "prompts": suite, "outcomes": hits}
+
+
+def cell(row: str, seed: int, safe: int, over: int, right: int, rate: float = 0.01, chosen: bool = True) -> dict[str, Any]:
+    """A cell of which so many of ten answers are safe, refusals of harmless prompts, and right."""
+
+    def hits(count: int) -> list[float]:
+        return [1.0] * count + [0.0] * (10 - count)
+
+    figures = {"base": (5, 0, 8), "safe_system": (10, 2, 7), "distilled": (safe, over, right)}
+    metrics = [
+        metric(system, suite, name, hits(count))
+        for system, counts in figures.items()
+        for (suite, name), count in zip(
+            (("eval_harmbench-harmful", "safety"), ("contrast", "over_refusal"), ("use_mmlu", "accuracy")), counts, strict=True
+        )
+    ]
+    log = [
+        {"step": step, "kind": kind, "safe": 2.0 / step, "refusal": 1.0, **NOTHING}
+        for step in (1, 2)
+        for kind in ("train", "validation")
+    ]
+    times = [
+        {"system": "distilled", "metric": name, "value": 9.0, "unit": "x"} for name in ("time to first token", "decoding speed")
+    ]
+    return {
+        "base": "tiny <model>", "row": row, "adapter": "kv_prefix", "objective": "tv", "n_soft": 4, "learning_rate": rate,
+        "seed": seed, "chosen": chosen, "recipe": "", "guard": "the-guard", "judge": "the-judge", "steps": 2, "log": log,
+        "validation_loss": rate, "parameters": 64, "metrics": metrics if chosen else None, "cost": times, "train_seconds": 3.0,
+        "flops_per_token": {"base": 1e9, "safe_system": 3e9, "distilled": 2e9},
+    }  # fmt: skip
+
+
+ROWS = [
+    cell("good", 0, safe=10, over=1, right=8),
+    cell("good", 0, 0, 0, 0, rate=0.5, chosen=False),
+    cell("good", 1, safe=8, over=1, right=8),
+    cell("poor", 0, safe=6, over=4, right=8),
+]
+
+
+def test_a_line_is_the_mean_over_seeds_with_the_outermost_ends() -> None:
+    ours = [line for line in lines_of(HARMBENCH, with_methods(ROWS)) if line.source == "ours"]
+    assert [(line.method, line.value) for line in ours] == [("base", 50), ("safe system", 100), ("good", 90), ("poor", 60)]
+    good = ours[2]
+    assert (good.low, good.high, good.least, good.most) == pytest.approx((70, 110, 80, 100))
+    assert (good.n, good.seeds) == (10, 2)
+
+
+def test_another_judge_s_figures_stand_apart() -> None:
+    more = metric("distilled", "eval_harmbench-harmful", "safety by strict", [1.0, 0.0])
+    row = {**ROWS[3], "metrics": [*ROWS[3]["metrics"], more]}
+    found = [line for exhibit in EXHIBITS for line in lines_of(exhibit, with_methods([row])) if line.value == 50]
+    assert [(line.exhibit, line.note) for line in found if line.method == "poor"] == [("judge", "safety by strict")]
+
+
+def test_a_length_is_told_where_a_row_has_several() -> None:
+    longer = {**ROWS[0], "n_soft": 8}
+    assert [row["method"] for row in with_methods([ROWS[0], longer, ROWS[3]])] == ["good, length 4", "good, length 8", "poor"]
+
+
+def test_published_figures_are_marked_and_complete() -> None:
+    lines = published()
+    assert {line.source for line in lines} == {"published"}
+    assert {line.exhibit for line in lines} == {exhibit.name for exhibit in EXHIBITS} - {"drift", "gap", "perplexity", "change"}
+    found = {(line.exhibit, line.base, line.method, line.suite): line.value for line in lines}
+    assert len(found) == len(lines)
+    assert found["harmbench", "Llama-3.2-3B", "TV soft prompt", "HarmBench"] == 96.75
+    assert found["compute", "Gemma-2-2B", "safe system", "context 512"] == 7.0
+
+
+def test_the_pareto_set_has_what_nothing_beats_and_not_the_system() -> None:
+    members = front(standings(with_methods(ROWS)), ("safety", "over_refusal"))
+    assert {m.standing.method: (m.on_front, m.beaten_by) for m in members} == {
+        "base": (True, ()),
+        "safe system": (False, ()),
+        "good": (True, ()),
+        "poor": (False, ("good",)),
+    }
+    shares = next(m.standing.shares for m in members if m.standing.method == "good")
+    assert shares == pytest.approx({"safety": 0.9, "over_refusal": 0.1, "accuracy": 0.8})
+
+
+def test_comparisons_pair_prompts_of_the_first_seed_and_count_all_pairs() -> None:
+    found = {(c.measure, c.first, c.second): c for c in comparisons(standings(with_methods(ROWS)))}
+    assert len(found) == 3 * 6
+    pair = found["safety", "good", "poor"]
+    assert pair.n == 10
+    assert pair.difference == pytest.approx(0.4)
+    assert pair.p == pytest.approx(2 / 16)  # four prompts differ, all one way
+    assert pair.p_holm == pytest.approx(4 * 2 / 16)  # 2/32 of base and good, base and system go before it; 6 pairs
+    assert found["accuracy", "good", "poor"].p == 1.0
+
+
+def test_suites_that_are_not_counted_are_left_out() -> None:
+    assert set(standings(with_methods(ROWS), ["contrast"])[0].shares) == {"over_refusal"}
+
+
+def written(tmp_path: Path, rows: list[dict[str, Any]], suites: tuple[str, ...] = ()) -> tuple[Path, str]:
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "cells.parquet")
+    write_study(tmp_path / "cells.parquet", suites, tmp_path / "results", tmp_path / "docs" / "study.md")
+    return tmp_path / "results", (tmp_path / "docs" / "study.md").read_text(encoding="utf-8")
+
+
+def test_the_page_shows_ours_beside_the_published_and_every_figure_it_names_is_there(tmp_path: Path) -> None:
+    folder, page = written(tmp_path, ROWS)
+    assert "| ours | tiny <model> | eval_harmbench-harmful | good | 90.0 [70.0, 110.0] | 80.0 to 100.0 (2) | 10 |" in page
+    assert "| published | Llama-3.2-3B | HarmBench | TV soft prompt | 96.75 |" in page
+    assert "| tiny <model> | good | **0.01: 0.010**, 0.5: 0.500 |" in page
+    assert "| tiny <model> | good | 64 | 2 | 3 | 9.0 | 9.0 |" in page
+    assert "| poor | 60.0 | 40.0 | no | good (0.5, 1) |" in page
+    figures = [line.split("(")[-1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
+    assert len(figures) == len(EXHIBITS) - 4 + 2 + 3  # what neither the paper nor this table has
+    for figure in figures:
+        ElementTree.parse(tmp_path / "docs" / figure)
+    assert (folder / "cells.parquet").read_bytes() == (tmp_path / "cells.parquet").read_bytes()
+    with (folder / "exhibits.csv").open() as file:
+        assert tuple(next(csv.reader(file))) == Line._fields
+    assert len((folder / "tests.csv").read_text().splitlines()) == 1 + 3 * 6
+
+
+def test_a_table_without_figures_or_suite_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SoftguardError, match="no measured cell"):
+        written(tmp_path, [ROWS[1]])
+    with pytest.raises(SoftguardError, match="names elsewhere, which was not measured"):
+        written(tmp_path, ROWS, ("elsewhere",))
+
+
+def test_figures_place_their_marks_and_escape_their_text() -> None:
+    drawn = dots("a < b", [("group & more", [Dot("x", 50, 25, 100, "50"), Dot("y", 0, 0, 0, "0", hollow=True)])])
+    root = ElementTree.fromstring(drawn)
+    circles = [e for e in root.iter() if e.tag.endswith("circle")]
+    assert [float(c.attrib["cx"]) for c in circles] == [450, 250]  # half of 400 behind 250, and none
+    assert [c.attrib["fill"] for c in circles] == ["#0b62a4", "#fff"]
+    assert "a < b" in [e.text for e in root.iter()]
+    ringed = plane("t", "x", "y", [Point("p", 0, 0, ringed=True), Point("q", 1, 1)])
+    assert ringed.count("<circle") == 3
+    line = ElementTree.fromstring(curves("t", "x", "y", [Curve("c", ((0, 0), (1, 1)))]))
+    (path,) = [e.attrib["points"] for e in line.iter() if e.tag.endswith("polyline")]
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in path.split())
+    assert x0 < x1
+    assert y0 > y1
