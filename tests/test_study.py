@@ -114,12 +114,15 @@ def test_a_grid_without_cells_is_refused(tmp_path: Path) -> None:
 # Recipes ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["paper.yaml", "study-small.yaml"])
-def test_the_recipes_parse_without_a_network(name: str) -> None:
+MAIN = [("paper.yaml", "soft_prompt", 100), ("study-small.yaml", "kv_prefix", 24), ("method.yaml", "kv_prefix", 24)]
+
+
+@pytest.mark.parametrize(("name", "adapter", "length"), MAIN)
+def test_the_recipes_parse_without_a_network(name: str, adapter: str, length: int) -> None:
     grid = load_grid(RECIPES / name)
     trained = {arm.cells[0][0].recipe.distil for arm in grid.arms if arm.cells[0][0].recipe.distil.steps}
     assert len({(distil.batch_size, distil.patience) for distil in trained}) == 1  # fair: equal data, and steps by data
-    main = arms_of(grid)[next(iter(grid.grounds)), "tv-paper, soft_prompt", 100]
+    main = arms_of(grid)[next(iter(grid.grounds)), f"tv-paper, {adapter}", length]
     assert (len(main.cells), len(main.trials) > 1) == (3, True)
 
 
