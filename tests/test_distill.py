@@ -105,6 +105,20 @@ def test_every_adapter_learns(
     assert trained.kind == adapter
 
 
+@pytest.mark.parametrize("adapter", ["soft_prompt", "kv_prefix", "lora", "steering"])
+@pytest.mark.parametrize("objective", [*OBJECTIVES, *ON_POLICY])
+def test_any_objective_moves_any_adapter(
+    objective: str, adapter: str, prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    changes = [f"distil.adapter={adapter}", f"distil.objective={objective}", "distil.budget=2000", "distil.warmup=0"]
+    trainer = _Trainer(recipe(prompts, *changes), corpus, tmp_path, small)
+    before = {name: tensor.detach().clone() for name, tensor in trainer.student.tensors.items()}
+    trainer._train_step(list(range(6)), 0)
+    moved = [not torch.equal(tensor, before[name]) for name, tensor in trainer.student.tensors.items()]
+    assert any(moved)
+    assert all(tensor.isfinite().all() for tensor in trainer.student.tensors.values())
+
+
 @pytest.fixture(scope="module")
 def shallow(base: BaseModel) -> BaseModel:
     """The demo model's first two layers: fast, and unlike a random model's its embeddings have directions to learn."""
