@@ -26,29 +26,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import torch
-
 from softguard import stats
 from softguard.adapters import Adapter
 from softguard.config import Recipe, fingerprint
 from softguard.cost import Cost, measure_cost, versions
-from softguard.divergences import token_kl, token_tv
+from softguard.drift import measure_drift
 from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
 from softguard.files import read_json, write_json
 from softguard.judges import GuardJudge, Judge, is_refusal, load_judge
-from softguard.kernels import per_token_between
 from softguard.models import BaseModel
-from softguard.packed import packed_hidden
 from softguard.prefix import constant_prefix
-from softguard.scoring import likeliest, response_log_probs
+from softguard.scoring import likeliest
 from softguard.suites import Suite, load_suites
 from softguard.system import SafeSystem
 
 SCHEMA = 1
 System = Literal["base", "safe_system", "distilled"]
-_DRIFT_BATCH = 32  # rows of one pass
 
 
 class Row(NamedTuple):
@@ -229,11 +223,12 @@ class _Run:
 
         drawn = [Response(tuple(ids), text) for ids, text in self._kept("base", suite, list(settings), make)]
         rows = [self._mean_row("safe_system", suite, "token_tv", self._system_drift(suite, drawn))]
-        if "distilled" in self.engines:
-            tv, kl, loss = self._student_drift(suite.prompts, drawn, self._teller("distilled drift", suite))
-            rows.append(self._mean_row("distilled", suite, "token_tv", tv))
-            rows.append(self._mean_row("distilled", suite, "token_kl", kl))
-            value, low, high, n = stats.mean(loss, self.recipe.seed)
+        if self.adapter is not None:
+            told = self._teller("distilled drift", suite)
+            drift = measure_drift(self.engines["base"], self.engines["distilled"], self.adapter, suite.prompts, drawn, told)
+            rows.append(self._mean_row("distilled", suite, "token_tv", drift.token_tv))
+            rows.append(self._mean_row("distilled", suite, "token_kl", drift.token_kl))
+            value, low, high, n = stats.mean(drift.loss, self.recipe.seed)
             ratio = (math.exp(value), math.exp(low), math.exp(high), n)
             rows.append(Row("distilled", self.methods["distilled"], suite.name, suite.split, "perplexity_ratio", *ratio))
         return rows
@@ -299,34 +294,6 @@ class _Run:
         """The system departs from the base at the first token only, by U(x), if the base never begins a refusal."""
         keep = self.system.judge(suite.prompts, [response.text for response in drawn]).keep
         return [float(1 - k) / max(len(response.ids), 1) for k, response in zip(keep, drawn, strict=True)]
-
-    @torch.inference_mode()
-    def _student_drift(
-        self, prompts: Sequence[str], drawn: Sequence[Response], told: Callable[[int], None]
-    ) -> tuple[list[float], list[float], list[float]]:
-        """Token TV, token KL and loss in log-probability a token, by answer."""
-        runs = [
-            (engine.base, constant_prefix(engine.base, engine.chat, adapter))
-            for engine, adapter in ((self.engines["base"], None), (self.engines["distilled"], self.adapter))
-        ]
-        encoded = [self.engines["base"].chat.encode(prompt) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-        tv, kl, loss = np.zeros(len(prompts)), np.zeros(len(prompts)), np.zeros(len(prompts))
-        for start in range(0, len(order), _DRIFT_BATCH):
-            batch = order[start : start + _DRIFT_BATCH]
-            ids = [list(drawn[i].ids) for i in batch]
-            rows = [encoded[i] + r[:-1] for i, r in zip(batch, ids, strict=True)]
-            teacher, states = (torch.cat(packed_hidden(*run, rows, [len(r) for r in ids])) for run in runs)
-            head, flat = self.base.head, [i for response in ids for i in response]
-            before, after = (response_log_probs(h, flat, head) for h in (teacher, states))
-            for values, tokens in (
-                (tv, per_token_between(token_tv, teacher, states, head)),
-                (kl, per_token_between(token_kl, teacher, states, head)),
-                (loss, before - after),
-            ):
-                values[batch] = [part.mean().item() for part in torch.split(tokens, [len(r) for r in ids])]
-            told(len(batch))
-        return tv.tolist(), kl.tolist(), loss.tolist()
 
 
 def read_results(path: Path) -> dict[str, Any]:
