@@ -705,3 +705,14 @@ def test_a_system_with_a_refusal_for_each_prompt_has_no_loss(name: str) -> None:
     )
     losses = find_objective(name)(batch, "sum")
     assert (losses.safe + losses.refusal).item() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("seed", range(3))
+def test_published_losses_have_one_gradient_where_the_system_decides_by_a_threshold(seed: int, length: Length) -> None:
+    """log-probabilities are below log 1, so neither gate ever closes."""
+    sure = to_batch(make_case(seed))
+    sure = sure._replace(p_safe=torch.tensor([1.0, 1.0, 1.0]).double(), refusal_rate=torch.tensor([1.0, 1.0]).double())
+    gated, open_ = gradients("tv-paper", sure, length), gradients("kl-paper", sure, length)
+    assert torch.equal(gated.student, open_.student)
+    assert torch.equal(gated.refusal, open_.refusal)
