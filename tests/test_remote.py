@@ -15,8 +15,6 @@ from softguard.errors import SoftguardError
 from softguard.guards import load_guard, prompt_safety, response_safety
 from softguard.guards.remote import KEY, Kind, RemoteGuard, read_label, read_scores
 
-pytest.importorskip("openai")
-
 Reply = tuple[int, dict[str, str], Any]  # status, headers, body: JSON, or bytes as they are
 Answer = Callable[[dict[str, Any], int], Reply]  # the request, and how many came before
 

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import pytest
 import torch
+import trl
 from torch import Tensor
 
 from softguard.adapters import Adapter, peft_config
@@ -87,7 +89,6 @@ def agree(ours: tuple[Tensor, list[Tensor]], theirs: tuple[Tensor, list[Tensor]]
 
 
 def test_dpo_is_trls(case: Case, small_folder: Path, tmp_path: Path) -> None:
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     refusal = list(case.passes.refusals[0])
     chosen = [case.drawn[0], refusal, refusal]
     rejected = [refusal, case.drawn[1], case.drawn[2]]
@@ -104,7 +105,6 @@ def test_dpo_is_trls(case: Case, small_folder: Path, tmp_path: Path) -> None:
 
 
 def test_sft_is_trls(case: Case, tmp_path: Path) -> None:
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     refusal = list(case.passes.refusals[0])
     rows = padded(list(zip(case.full, [case.drawn[0], refusal, refusal], strict=True)))
     rows["labels"] = rows["input_ids"].masked_fill(rows.pop("completion_mask") == 0, -100)
