@@ -88,7 +88,7 @@ class DistilConfig:
     depth: float = 0.5  # of the layer a steering vector is added to, as a share of all layers
     steps: int = 800  # 0: the adapter as it starts, as a text always is
     batch_size: int = 8  # prompts a step
-    accumulate: int = 1  # micro-batches a step is cut into, by length of the prompts
+    accumulate: int = 1  # micro-batches a step is cut into, by length; the student's own answers are learned whole
     learning_rate: float = 2e-2  # a soft prompt takes some 2.5e-3
     beta: float = 0.1  # of dpo and ppo: what straying from the base costs
     warmup: int = 20  # steps
