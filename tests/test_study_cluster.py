@@ -1,4 +1,4 @@
-"""A study on a local Ray cluster of two nodes."""
+"""A study on a local Ray cluster of two nodes. Ray is large, hence not among the packages of development."""
 
 import time
 from collections.abc import Iterator
@@ -31,6 +31,7 @@ def test_a_cluster_that_is_not_there_is_one_clear_line_too(
     small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # before the cluster below is there, which `auto` would find
+    pytest.importorskip("ray", reason="Ray is not installed; pip install 'softguard[cluster]'")
     line = refused(capsys, "study", tiny(tmp_path, small_folder), "--out", tmp_path / "out", "--ray-address", "auto")
     assert "no cluster could be joined" in line
 
@@ -38,7 +39,7 @@ def test_a_cluster_that_is_not_there_is_one_clear_line_too(
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Where a cluster of two nodes with one core each is found."""
-    import ray
+    ray = pytest.importorskip("ray", reason="Ray is not installed; pip install 'softguard[cluster]'")
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
