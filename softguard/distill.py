@@ -1,8 +1,7 @@
 """The one training loop: corpus in, adapter out.
 
-Batches are a function of (seed, step)
-alone and checkpoints hold the optimiser's whole state, so that a killed run goes on and ends with the weights of an
-undisturbed one.
+Batches are a function of (seed, step) alone and checkpoints hold the optimiser's whole state, so that a killed run goes on and
+ends with the weights of an undisturbed one.
 """
 
 import json
@@ -119,15 +118,15 @@ class _Trainer:
 
         self.recipe, self.config, self.corpus, self.out, self.base = recipe, recipe.distil, corpus, out, base
         self.on_policy = self.config.objective in ON_POLICY
-        if not self.on_policy:
+        if self.on_policy:
+            self.guard = guard or load_guard(recipe.system.guard)
+        else:
             self.objective = find_objective(self.config.objective, ON_POLICY)
         self.safe_weight, self.drift_weight = self.config.weights
         self.accelerator = Accelerator(cpu=base.device.type == "cpu")
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.on_policy and self.processes > 1:
             raise SoftguardError(f"objective {self.config.objective} draws its own answers; run it in one process")
-        if self.on_policy:
-            self.guard = guard or load_guard(recipe.system.guard)
         start = _start(recipe, corpus, base)
         self.student = replace(start, tensors={k: torch.nn.Parameter(v) for k, v in start.tensors.items()})
         self.passes = Passes(base, self.student, corpus.manifest["refusals"])

@@ -77,19 +77,15 @@ def lora_shape(base: BaseModel, budget: int) -> tuple[int, tuple[str, ...]]:
     Targets are the attention's linear layers, one after another, or all linear layers of the decoder.
     Raises SoftguardError if the budget is less than the least LoRA takes.
     """
-    layer = decoder_layers(base.model)[0]
-    linear = {name.split(".")[-1]: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    attention = [name.split(".")[-1] for name, m in layer.named_modules() if isinstance(m, nn.Linear) and "attn" in name]
-    choices = [tuple(attention[:n]) for n in range(1, len(attention) + 1)] + [tuple(linear)]
-    shapes = []
-    for targets in choices:
-        each = len(decoder_layers(base.model)) * sum(linear[t].in_features + linear[t].out_features for t in targets)
-        shapes.append((budget // each * each, len(targets), budget // each, targets))
-    size, _, rank, targets = max(shapes)
+    layers = decoder_layers(base.model)
+    linear = {name: module for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)}
+    sizes = {name.split(".")[-1]: len(layers) * (m.in_features + m.out_features) for name, m in linear.items()}
+    attention = [name.split(".")[-1] for name in linear if "attn" in name]
+    choices = [tuple(attention[:n]) for n in range(1, len(attention) + 1)] + [tuple(sizes)]
+    each = {targets: sum(sizes[t] for t in targets) for targets in choices}  # numbers of one rank
+    size, _, rank, targets = max((budget // n * n, len(targets), budget // n, targets) for targets, n in each.items())
     if not size:
-        least = min(
-            len(decoder_layers(base.model)) * sum(linear[t].in_features + linear[t].out_features for t in c) for c in choices
-        )
+        least = min(each.values())
         raise SoftguardError(f"distil.budget is {budget}; the least LoRA of {base.name!r} has {least:,} numbers")
     return rank, targets
 
