@@ -2,21 +2,25 @@
 outside of it, and the prefix's keys and values are there once. Before the prefix may stand keys and values that belong to no
 token, those of a key/value prefix.
 
-Attention's weights are small beside its inputs in training, so they are kept for the backward pass, which is written out.
+The weights of short rows are small beside attention's inputs, so they are kept for the backward pass, which is written out.
+Those of long rows grow with the square of the length: PyTorch's fused kernel makes them a block at a time, and once more for
+the gradient, so that what is kept grows with the length alone.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LONG = 512  # tokens; on a processor the fused kernel draws level near 300 in float32, past 600 in bfloat16, with less memory
 
 
 class Layout:
     """Where the tokens of P prefix positions and B rows of at most T tokens stand in the flat sequence.
 
     Attention's own order is (key heads, B, queries' heads a key head, T), rows padded on the right.
-    own: (B, 1, T, T) added to scores within a row; causal: (P, before + P) added to scores of the prefix.
     """
 
     def __init__(self, prefix: int, lengths: Sequence[int], like: Tensor, before: int = 0) -> None:
@@ -25,20 +29,28 @@ class Layout:
         `before`: keys and values that stand before the prefix and are no token's.
         """
         self.prefix, self.rows, self.width, self.before = prefix, len(lengths), max(lengths), before
+        self.long = self.width > LONG
         position, size = torch.arange(self.width), torch.tensor(lengths)
         there = position < size[:, None]  # (B, T)
-        hidden = (position > position[:, None]) | ~there[:, None]  # (B, T, T)
-        low = torch.finfo(like.dtype).min
-
-        def scores(hidden: Tensor) -> Tensor:
-            return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, low).to(like.device)
-
-        self.own, self.causal = scores(hidden)[:, None], scores(torch.ones(prefix, before + prefix).triu(1 + before).bool())
         self.tokens = prefix + int(size.sum())
-        self._device = like.device
+        self._like = like.new_empty(0)
         self._token = prefix + torch.where(there, (size.cumsum(0) - size)[:, None] + position, 0)  # (B, T)
         self._there = there.flatten()  # (B·T,), False on padding
         self._orders: dict[tuple[int, int], _Order] = {}
+
+    @cached_property
+    def causal(self) -> Tensor:
+        """(P, before + P) added to scores of the prefix."""
+        return self._later(self.prefix, self.before + self.prefix)
+
+    @cached_property
+    def own(self) -> Tensor:
+        """(T, T) added to scores within any row: its padding comes later than all of its tokens."""
+        return self._later(self.width, self.width)
+
+    def _later(self, queries: int, keys: int) -> Tensor:
+        """(queries, keys) that hides what comes after a query, the last of which stands at the last key."""
+        return self._like.new_full((queries, keys), torch.finfo(self._like.dtype).min).triu_(1 + keys - queries)
 
     def order(self, heads: int, groups: int) -> "_Order":
         """Indices for tensors of so many heads that share `groups` key heads."""
@@ -47,7 +59,7 @@ class Layout:
             spread = self._token[:, None] * heads + head  # (groups, B, heads a group, T)
             place = torch.arange(spread.numel()).view(spread.shape).permute(1, 3, 0, 2).flatten(0, 1)  # (B·T, groups, …)
             indices = spread, place[self._there], place[~self._there]
-            self._orders[heads, groups] = _Order(*(i.flatten().to(self._device) for i in indices))
+            self._orders[heads, groups] = _Order(*(i.flatten().to(self._like.device) for i in indices))
         return self._orders[heads, groups]
 
 
@@ -73,27 +85,23 @@ def attend(
         kp, vp = (torch.cat([x, own], dim=1) for x, own in zip(before, (kp, vp), strict=True))
     scores = (qp @ kp.mT).view(groups, -1, at.prefix, kp.shape[1]) + at.causal
     wp = scores.softmax(-1).flatten(1, 2)  # sums are float32 whatever goes in and out
-    qr, kr, vr = qr.flatten(0, 1).flatten(1, 2), _seen(kp, kr), _seen(vp, vr)
-    scores = (qr @ kr.mT).view(groups, at.rows, -1, at.width, kr.shape[1])
-    scores[..., kp.shape[1] :].add_(at.own)
-    wr = scores.softmax(-1).flatten(0, 1).flatten(1, 2)
-    out = (wr @ vr).view(*scores.shape[:-1], -1)
-    return flat_of(wp @ vp, out, at), (qp, kp, vp, qr, kr, vr, wp, wr)
+    shape, qr, kr, vr = qr.shape, qr.flatten(0, 1), _seen(kp, kr), _seen(vp, vr)
+    out, weights = (_fused(qr, kr, vr), ()) if at.long else _weighed(qr, kr, vr, at)
+    return flat_of(wp @ vp, out.view(shape), at), (qp, kp, vp, wp, qr, kr, vr, *weights)
 
 
 def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at: Layout) -> tuple[Tensor, ...]:
     """Gradients of queries, keys and values from that of the result, all (tokens, heads, width), and of keys and values
     before the prefix, (key heads, at.before, width).
     """
-    qp, kp, vp, qr, kr, vr, wp, wr = kept
+    qp, kp, vp, wp, qr, kr, vr, *weights = kept
     groups, seen = kp.shape[:2]
     gp, gr = _prefix(gradient, groups, at), rows_of(gradient, groups, at)
     gr.view(-1, gr.shape[-1]).index_fill_(0, at.order(gradient.shape[1], groups).pads, 0)  # padding asks for nothing
-    shape, gr = gr.shape, gr.flatten(0, 1).flatten(1, 2)
+    shape, gr = gr.shape, gr.flatten(0, 1)
     sp = torch._softmax_backward_data(gp @ vp.mT, wp, -1, wp.dtype)
-    sr = torch._softmax_backward_data(gr @ vr.mT, wr, -1, wr.dtype)
-    dq = (sr @ kr).view(shape)
-    dk, dv = ((x.mT @ y).view(groups, at.rows, 1, -1, shape[-1]) for x, y in ((sr, qr), (wr, gr)))
+    dq, dk, dv = (_fused_backward if at.long else _weighed_backward)(gr, qr, kr, vr, *weights)
+    dq, dk, dv = dq.view(shape), *(x.view(groups, at.rows, 1, -1, shape[-1]) for x in (dk, dv))
     dkp = (sp.mT @ qp).add_(dk[..., :seen, :].sum(1).squeeze(1))
     dvp = (wp.mT @ gp).add_(dv[..., :seen, :].sum(1).squeeze(1))
     return (
@@ -103,6 +111,41 @@ def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at
         dkp[:, : at.before],
         dvp[:, : at.before],
     )
+
+
+def _weighed(q: Tensor, k: Tensor, v: Tensor, at: Layout) -> tuple[Tensor, tuple[Tensor]]:
+    """Short rows: of queries (groups · B, heads a group, T, width) and what `_seen` makes, the result, like the queries, and
+    attention's weights.
+    """
+    scores = (q.flatten(1, 2) @ k.mT).view(*q.shape[:-1], k.shape[1])
+    scores[..., -at.width :].add_(at.own)
+    weights = scores.softmax(-1).flatten(1, 2)
+    return (weights @ v).view(q.shape), (weights,)
+
+
+def _weighed_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    g, q = g.flatten(1, 2), q.flatten(1, 2)
+    s = torch._softmax_backward_data(g @ v.mT, weights, -1, weights.dtype)
+    return s @ k, s.mT @ q, weights.mT @ g
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Long rows: as `_weighed`, by PyTorch's kernel.
+
+    Queries of nobody stand before the row's, one for each key that all of it sees: then what a query sees is what the kernel
+    calls causal, which spares it half the products and us a mask. Key heads are expanded, without a copy, since not every
+    fused kernel knows groups.
+    """
+    ahead = k.shape[1] - q.shape[2]
+    k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    padded = torch.nn.functional.pad(q, (0, 0, ahead, 0))
+    return torch.nn.functional.scaled_dot_product_attention(padded, k, v, is_causal=True, scale=1.0)[:, :, ahead:]
+
+
+def _fused_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(_fused(*inputs), inputs, g)
 
 
 def _seen(prefix: Tensor, rows: Tensor) -> Tensor:

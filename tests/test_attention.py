@@ -3,10 +3,18 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from softguard.attention import Layout, attend, attend_backward
+from softguard import attention
+from softguard.attention import LONG, Layout, attend, attend_backward
 
 WIDTH = 4
+
+
+@pytest.fixture(params=["short", "long"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a few tokens by either path."""
+    monkeypatch.setattr(attention, "LONG", 0 if request.param == "long" else LONG)
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -38,6 +46,21 @@ def token_by_token(q: Tensor, k: Tensor, v: Tensor, scaling: float, prefix: int,
     return torch.stack(out)
 
 
+def ours(
+    q: Tensor, k: Tensor, v: Tensor, outer: Tensor, scaling: float, prefix: int, lengths: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `token_by_token` gives and its gradients of q, k and v, keys and values before the prefix with the others."""
+    before = len(k) - len(q)
+    at = Layout(prefix, lengths, q, before)
+    with torch.no_grad():
+        ahead = (k[:before].transpose(0, 1), v[:before].transpose(0, 1)) if before else None
+        out, kept = attend(q, k[before:], v[before:], scaling, at, ahead)
+        dq, dk, dv, *dahead = attend_backward(outer, kept, scaling, at)
+    dk, dv = (torch.cat([x.transpose(0, 1), own]) for x, own in zip(dahead, (dk, dv), strict=True))
+    return out, dq, dk, dv
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (6, 1)])
 @pytest.mark.parametrize("lengths", [[3], [2, 2, 2], [1, 5, 3]])
 @pytest.mark.parametrize("before", [0, 2])
@@ -47,17 +70,52 @@ def test_values_and_gradients_are_those_of_attention(lengths: list[int], heads: 
     k, v = (random(before + tokens, heads[1], WIDTH, seed=i).requires_grad_() for i in (1, 2))
     expected = token_by_token(q, k, v, 0.7, prefix, lengths)
     outer = random(*expected.shape, seed=9)
-    at = Layout(prefix, lengths, q, before)
-    with torch.no_grad():
-        ahead = (k[:before].transpose(0, 1), v[:before].transpose(0, 1)) if before else None
-        ours, kept = attend(q, k[before:], v[before:], 0.7, at, ahead)
-        dq, dk, dv, *dahead = attend_backward(outer, kept, 0.7, at)
-    torch.testing.assert_close(ours, expected)
-    gradients = dq, *(torch.cat([x.transpose(0, 1), own]) for x, own in zip(dahead, (dk, dv), strict=True))
-    for mine, theirs in zip(gradients, torch.autograd.grad((outer * expected).sum(), (q, k, v)), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    theirs = expected, *torch.autograd.grad((outer * expected).sum(), (q, k, v))
+    torch.testing.assert_close(ours(q, k, v, outer, 0.7, prefix, lengths), theirs)
 
 
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_precisions_are_as_near_as_they_can_be(dtype: torch.dtype, tolerance: float) -> None:
+    q, outer = (random(12, 4, WIDTH, seed=i).to(dtype) for i in (0, 3))
+    k, v = (random(14, 2, WIDTH, seed=i).to(dtype) for i in (1, 2))
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = token_by_token(wide[0], wide[1], wide[2], 0.5, 3, [1, 5, 3])
+    theirs = expected, *torch.autograd.grad((outer * expected).sum(), wide)
+    mine = ours(q, k, v, outer, 0.5, 3, [1, 5, 3])
+    torch.testing.assert_close([x.double() for x in mine], list(theirs), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("path")
+def test_padding_gives_and_takes_nothing() -> None:
+    """A row padded beside a longer one comes out as alone, whatever the gradient at the longer one."""
+    q, k, v = (random(13, 2, WIDTH, seed=i) for i in range(3))
+    outer = random(13, 2, WIDTH, seed=3)
+    outer[5:] = 0
+    together = ours(q, k, v, outer, 1.0, 3, [2, 8])
+    alone = ours(q[:5], k[:5], v[:5], outer[:5], 1.0, 3, [2])
+    torch.testing.assert_close([x[:5] for x in together], list(alone))
+    assert not any(x[5:].any() for x in together[1:])
+
+
+def test_what_long_rows_keep_grows_with_their_length() -> None:
+    kept = []
+    for length in (LONG + 50, LONG + 150, LONG + 250):
+        q, k, v = (random(1 + length, heads, WIDTH, seed=0) for heads in (4, 2, 2))
+        kept.append(sum(x.nbytes for x in attend(q, k, v, 1.0, Layout(1, [length], q))[1]))
+    assert kept[2] - kept[1] == kept[1] - kept[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows_run_fused_both_ways(dtype: torch.dtype) -> None:
+    q, k, v = (random(LONG + 9, heads, 16, seed=0).to(dtype) for heads in (4, 2, 2))
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        ours(q, k, v, q, 1.0, 4, [LONG + 1, 4])
+    names = {event.key for event in seen.key_averages()}
+    assert {f"aten::_scaled_dot_product_flash_attention_for_cpu{end}" for end in ("", "_backward")} <= names
+
+
+@pytest.mark.usefixtures("path")
 def test_rows_do_not_see_each_other() -> None:
     q, k, v = (random(9, 2, WIDTH, seed=i) for i in range(3))
     at = Layout(3, [2, 4], q)

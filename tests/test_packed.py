@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from softguard import frozen
+from softguard import attention, frozen
 from softguard.adapters import Kind
 from softguard.chat import Chat, Slot
 from softguard.errors import SoftguardError
@@ -23,10 +23,12 @@ def rows_of(chat: Chat) -> tuple[list[list[int]], list[int]]:
     return [chat.encode(p) + r[:-1] for p, r in zip(PROMPTS, responses, strict=True)], [len(r) for r in responses]
 
 
-@pytest.fixture(params=["written out", "by transformers"])
+@pytest.fixture(params=["written out", "written out, long rows", "by transformers", "by transformers, long rows"])
 def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "by transformers":
+    if "by transformers" in request.param:
         monkeypatch.setattr(frozen, "is_plain", lambda decoder: False)
+    if "long rows" in request.param:
+        monkeypatch.setattr(attention, "LONG", 0)
 
 
 @pytest.mark.usefixtures("layers")
