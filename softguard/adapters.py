@@ -2,6 +2,7 @@
 
     soft_prompt   embeddings in the template's slot, run through the model once and kept as keys and values
     kv_prefix     the keys and values themselves, of every layer, before everything (prefix tuning, Li and Liang, 2021)
+    gate          the same, but seen only where the response begins, to decide whether to refuse; see `gate`
     lora          low-rank differences on linear layers (Hu et al., 2021), as PEFT has them
     steering      one vector, added to one layer's output at every token
     text          a system prompt in words: nothing is trained
@@ -31,7 +32,7 @@ from softguard.models import BaseModel
 VERSION = 2
 VECTORS = "prompt_embeddings"  # PEFT's name for the vectors of soft prompts and prefixes
 DIRECTION = "direction."  # llama.cpp's for a steering vector; the layer's number follows
-Kind = Literal["soft_prompt", "kv_prefix", "lora", "steering", "text"]
+Kind = Literal["soft_prompt", "kv_prefix", "gate", "lora", "steering", "text"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Adapter:
 
     tensors, float32, by their names on disk:
     soft_prompt: VECTORS (n_soft, hidden). kv_prefix: VECTORS (n_soft, layers · 2 · key heads · head width), keys before
-    values, keys turned to the positions 0 … n_soft − 1. lora: PEFT's, …lora_A.weight (rank, in) and …lora_B.weight (out, rank).
-    steering: direction.N (hidden,), for the output of layer N counted from 0. text: none.
+    values, keys turned to the positions 0 … n_soft − 1. gate: the same, keys unturned. lora: PEFT's, …lora_A.weight (rank,
+    in) and …lora_B.weight (out, rank). steering: direction.N (hidden,), for the output of layer N counted from 0. text: none.
     """
 
     kind: Kind
@@ -93,7 +94,7 @@ class Adapter:
         write_file(folder / "adapter_model.safetensors", lambda beside: beside.write_bytes(blob))
         if self.kind == "steering":
             write_file(folder / "control_vector.gguf", partial(_write_control_vector, stored, base))
-        elif self.slot == "start" and self.kind != "text":
+        elif self.slot == "start" and self.kind not in ("text", "gate"):
             fields = {k: getattr(v, "value", v) for k, v in peft_config(self, base).to_dict().items() if v is not None}
             listed = {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
             write_json(folder / "adapter_config.json", listed)

@@ -86,7 +86,7 @@ class Chat:
         if not opening.startswith(system_header):
             raise SoftguardError("the chat template has no fixed system message; use slot: start")
         self.prefix = Prefix(self._template_ids(system_header), self._template_ids(opening[len(system_header) :]))
-        self._closing = self._template_ids(closing)
+        self.closing = self._template_ids(closing)  # between the user's text and the response
         after_answer = self._template_ids(self._fixed([Turn("user", ""), Turn("assistant", "")], answer=True)[-1])
         special = set(tokenizer.all_special_ids)
         self.end_id: int = next((i for i in after_answer if i in special), tokenizer.eos_token_id)
@@ -94,7 +94,7 @@ class Chat:
 
     def encode(self, prompt: str) -> list[int]:
         """Ids that follow the constant prefix for a single-turn prompt, up to where the response begins."""
-        return [*self.plain_ids(prompt), *self._closing]
+        return [*self.plain_ids(prompt), *self.closing]
 
     def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
         """Ids that follow the constant prefix for a conversation ending in a user turn."""

@@ -78,7 +78,7 @@ class TeachConfig:
 class DistilConfig:
     """Training the adapter."""
 
-    adapter: Literal["kv_prefix", "soft_prompt", "lora", "steering", "text"] = "kv_prefix"  # see `adapters`
+    adapter: Literal["gate", "kv_prefix", "soft_prompt", "lora", "steering", "text"] = "gate"  # see `adapters`
     objective: str = "tv"
     length: Literal["sum", "mean"] = "sum"  # log-probabilities summed (calibrated) or averaged over tokens
     slot: Literal["start", "system"] = "start"
@@ -103,8 +103,11 @@ class DistilConfig:
 
     @property
     def weights(self) -> tuple[float, float]:
-        """Of the safe branch, and λ: as set, else those that docs/findings.md found for the objective, else 1."""
-        safe, drift = _WEIGHTS.get(self.objective, (1.0, 1.0))
+        """Of the safe branch, and λ: as set, else those that docs/findings.md found for the objective, else 1.
+
+        A gate has nothing to balance: whether to answer is all it learns.
+        """
+        safe, drift = (1.0, 1.0) if self.adapter == "gate" else _WEIGHTS.get(self.objective, (1.0, 1.0))
         return safe if self.safe_weight is None else self.safe_weight, drift if self.drift_weight is None else self.drift_weight
 
 

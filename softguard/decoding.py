@@ -14,6 +14,7 @@ from softguard import frozen
 from softguard.adapters import Adapter
 from softguard.attention import Layout, flat_of, rows_of
 from softguard.chat import Chat, align
+from softguard.gate import Gate
 from softguard.models import BaseModel
 from softguard.prefix import ConstantPrefix, constant_prefix
 
@@ -23,6 +24,7 @@ class Output(NamedTuple):
 
     logits: Tensor  # (rows, vocabulary) float32 at least
     hidden: Tensor  # (rows, hidden)
+    gated: Tensor | None = None  # (rows, hidden), of the pass beside a gate, where the response begins
 
 
 class Decoding(Protocol):
@@ -46,22 +48,22 @@ class Resident(NamedTuple):
 
 
 @torch.inference_mode()
-def make_resident(base: BaseModel, chat: Chat, adapter: Adapter | None) -> Resident:
-    """Run the constant prefix with `adapter`, or without, and keep it."""
-    return keep_prefix(base, constant_prefix(base, chat, adapter))
+def make_resident(base: BaseModel, chat: Chat, adapter: Adapter | None, gate: Gate | None = None) -> Resident:
+    """Run the constant prefix with `adapter`, or without, and keep it. With a `gate` every row also passes it."""
+    return keep_prefix(base, constant_prefix(base, chat, adapter), gate)
 
 
 @torch.inference_mode()
-def keep_prefix(base: BaseModel, prefix: ConstantPrefix) -> Resident:
+def keep_prefix(base: BaseModel, prefix: ConstantPrefix, gate: Gate | None = None) -> Resident:
     """Run `prefix` and keep it."""
     if frozen.is_plain(base.model.get_decoder()):
         kept = _run_plain_prefix(base, prefix)
-        return Resident(prefix.length, lambda prompts, new: _PlainRows.begin(base, kept, prompts, new))
+        return Resident(prefix.length, lambda prompts, new: _PlainRows.begin(base, kept, prompts, new, gate))
     cache = _empty_cache(base)
     for index, (keys, values) in enumerate(prefix.keys_values or ()):
         cache.update(keys[None], values[None], index)
     base.model(inputs_embeds=prefix.embeddings[None], past_key_values=cache, use_cache=True)
-    return Resident(prefix.length, lambda prompts, new: _AnyRows.begin(base, cache, prompts))
+    return Resident(prefix.length, lambda prompts, new: _AnyRows.begin(base, cache, prompts, gate))
 
 
 class _Kept(NamedTuple):
@@ -107,13 +109,16 @@ class _PlainRows:
 
     @classmethod
     def begin(
-        cls, base: BaseModel, prefix: list[_Kept], prompts: Sequence[Sequence[int]], new: int
+        cls, base: BaseModel, prefix: list[_Kept], prompts: Sequence[Sequence[int]], new: int, gate: Gate | None = None
     ) -> tuple[Output, "_PlainRows"]:
         lengths = [len(prompt) for prompt in prompts]
         self = cls(base, prefix, lengths, new)
         ids = torch.tensor([i for prompt in prompts for i in prompt], device=base.device)
-        at = Layout(0, lengths, prefix[0].keys)
+        at, count = Layout(0, lengths, prefix[0].keys), len(ids)
         positions = torch.cat([self.start + torch.arange(n) for n in lengths]).to(base.device)
+        aside = None if gate is None else _Aside(self, gate)
+        if aside is not None:  # behind all rows, their closings once more
+            ids, positions = torch.cat([ids, aside.ids]), torch.cat([positions, aside.positions])
 
         width = self.start + at.width
         tokens = torch.arange(width, device=base.device)
@@ -121,21 +126,23 @@ class _PlainRows:
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             groups = k.shape[1]
-            for buffer, resident, own in zip(self.buffers[index], self.prefix[index], (k, v), strict=True):
+            for buffer, resident, own in zip(self.buffers[index], self.prefix[index], (k[:count], v[:count]), strict=True):
                 buffer[:, :, : self.start] = resident
                 buffer[:, :, self.start : width] = rows_of(own, groups, at).squeeze(2).transpose(0, 1)
             keys, values = self.buffers[index]
-            rows = rows_of(q, groups, at)
+            rows = rows_of(q[:count], groups, at)
             mixed = torch.nn.functional.scaled_dot_product_attention(
                 rows.transpose(0, 1).flatten(1, 2), keys[:, :, :width], values[:, :, :width], seen, scale=self.scaling,
                 enable_gqa=True,
             )  # fmt: skip
             mixed = mixed.view(len(lengths), groups, -1, *mixed.shape[2:]).transpose(0, 1)
-            return flat_of(mixed.new_empty(0, mixed.shape[-1]), mixed, at)
+            mixed = flat_of(mixed.new_empty(0, mixed.shape[-1]), mixed, at)
+            return mixed if aside is None else torch.cat([mixed, aside.attend(index, q[count:], k[count:], v[count:])])
 
         embeddings = base.model.get_input_embeddings()(ids)
         hidden = frozen.infer(self.decoder, embeddings, positions, attend)
-        return self._output(hidden[self.lengths.cumsum(0) - 1]), self
+        output = self._output(hidden[self.lengths.cumsum(0) - 1])
+        return output if aside is None else output._replace(gated=hidden[count:][aside.last]), self
 
     def step(self, ids: Tensor) -> Output:
         positions = self.start + self.lengths
@@ -165,6 +172,35 @@ class _PlainRows:
         return Output(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden)
 
 
+class _Aside:
+    """The closings of some rows once more, beside a gate: (rows · n,) tokens that see what stands before the rows' own."""
+
+    def __init__(self, rows: _PlainRows, gate: Gate) -> None:
+        self.rows, self.count = rows, len(gate.closing)
+        device = rows.lengths.device
+        before = rows.start + rows.lengths - self.count  # position of the closing's first token
+        self.gate = gate.turned(before)
+        self.ids = torch.tensor(gate.closing, device=device).repeat(len(before))
+        self.positions = (before[:, None] + torch.arange(self.count, device=device)).flatten()
+        self.last = torch.arange(self.count - 1, len(self.ids), self.count, device=device)
+        self.width = rows.start + rows.longest
+        there = (torch.arange(self.width, device=device) < before[:, None])[:, None, None].expand(-1, 1, self.count, -1)
+        own = torch.ones(self.count, gate.n_soft + self.count, dtype=torch.bool, device=device).tril(gate.n_soft)
+        self.seen = torch.cat([there, own.expand(len(before), 1, -1, -1)], dim=-1)  # (rows, 1, n, tokens, gate and n)
+
+    def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As of `frozen.infer`, after the rows' own keys and values of the layer are in their buffers."""
+        q, k, v = (x.view(-1, self.count, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # (rows, heads, n, width)
+        keys, values = (
+            torch.cat([buffer[:, :, : self.width], gate, own], dim=2)
+            for buffer, gate, own in zip(self.rows.buffers[index], self.gate[index], (k, v), strict=True)
+        )
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            q, keys, values, self.seen, scale=self.rows.scaling, enable_gqa=True
+        )
+        return mixed.transpose(1, 2).flatten(0, 1)
+
+
 class _AnyRows:
     """Rows of any causal language model, padded on the left, in transformers' own cache."""
 
@@ -172,14 +208,23 @@ class _AnyRows:
         self.base, self.cache, self.mask, self.positions = base, cache, mask, positions
 
     @classmethod
-    def begin(cls, base: BaseModel, prefix: Any, prompts: Sequence[Sequence[int]]) -> tuple[Output, "_AnyRows"]:
+    def begin(
+        cls, base: BaseModel, prefix: Any, prompts: Sequence[Sequence[int]], gate: Gate | None = None
+    ) -> tuple[Output, "_AnyRows"]:
         rows = align(prompts, [[]] * len(prompts), base.pad_id, base.device)
         length = prefix.get_seq_length()
         shared = _empty_cache(base)
         for index, layer in enumerate(prefix.layers):
             shared.update(*(x.expand(len(prompts), -1, -1, -1) for x in (layer.keys, layer.values)), index)
         self = cls(base, shared, rows.full_mask(length), rows.positions(length))
-        return self._run(rows.ids), self
+        output = self._run(rows.ids)
+        return output if gate is None else output._replace(gated=self._aside(gate)), self
+
+    def _aside(self, gate: Gate) -> Tensor:
+        count, before = len(gate.closing), _empty_cache(self.base)
+        for index, layer in enumerate(self.cache.layers):
+            before.update(layer.keys[:, :, :-count], layer.values[:, :, :-count], index)
+        return gate.hidden(before, self.mask[:, :-count], self.positions[:, -count])
 
     def step(self, ids: Tensor) -> Output:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softguard import gate
 from softguard.adapters import Adapter
 from softguard.config import Recipe, fingerprint
 from softguard.corpus import Corpus, Example
@@ -24,7 +25,7 @@ from softguard.files import read_json, write_file, write_json, write_text
 from softguard.guards import Guard, load_guard
 from softguard.initial import initial_adapter
 from softguard.models import BaseModel
-from softguard.objectives import PAIRED, Batch, find_objective
+from softguard.objectives import PAIRED, Batch, Losses, find_objective
 from softguard.passes import Passes, Probe
 from softguard.prompts import thin
 from softguard.rollouts import ON_POLICY, Rollouts, draw, losses
@@ -111,6 +112,18 @@ def _facts(recipe: Recipe, corpus: Corpus, base: BaseModel) -> dict[str, Any]:
     }
 
 
+def _check_gate(recipe: Recipe) -> None:
+    """Raises SoftguardError for what a gate cannot learn."""
+    objective, drift_weight = recipe.distil.objective, recipe.distil.drift_weight
+    if objective != "tv" or drift_weight is not None:
+        raise SoftguardError(
+            f"distil.objective is {objective} and distil.drift_weight {drift_weight}; a gate is |U − g| away from the system by "
+            "any divergence: leave both out, or choose another distil.adapter, such as kv_prefix"
+        )
+    if recipe.system.policy:
+        raise SoftguardError("system.policy is set and a gate says one refusal; choose another distil.adapter, such as kv_prefix")
+
+
 class _Trainer:
     def __init__(self, recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel, guard: Guard | None = None) -> None:
         from accelerate import Accelerator
@@ -122,13 +135,16 @@ class _Trainer:
             self.guard = guard or load_guard(recipe.system.guard)
         else:
             self.objective = find_objective(self.config.objective, ON_POLICY)
+        if self.config.adapter == "gate":
+            _check_gate(recipe)
         self.safe_weight, self.drift_weight = self.config.weights
         self.accelerator = Accelerator(cpu=base.device.type == "cpu")
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.on_policy and self.processes > 1:
             raise SoftguardError(f"objective {self.config.objective} draws its own answers; run it in one process")
         start = _start(recipe, corpus, base)
-        self.student = replace(start, tensors={k: torch.nn.Parameter(v) for k, v in start.tensors.items()})
+        tensors = {k: torch.nn.Parameter(v) for k, v in start.tensors.items()}
+        self.student = replace(start, tensors=tensors, facts=_facts(recipe, corpus, base))
         self.passes = Passes(base, self.student, corpus.manifest["refusals"])
         self.value_head = torch.nn.Parameter(torch.zeros(base.hidden + 1, device=base.device))
         groups: list[dict[str, Any]] = [{"params": list(self.student.tensors.values())}]
@@ -197,13 +213,21 @@ class _Trainer:
                 if not len(where):
                     continue
                 part = [mine[i] for i in where]  # neighbours in length, so that attention pads little
-                branch = self.objective(self._batch(part, epoch, len(examples))[0], self.config.length)
+                branch = self._branches(part, epoch, len(examples))
                 self._backward(self.safe_weight * branch.safe + self.config.refusal_weight * branch.refusal)
                 safe, refusal = safe + branch.safe.item(), refusal + branch.refusal.item()
             safe, refusal = self._sum_over_processes(safe, refusal)
             self._move()
         self.schedule.step()
         return Step(0, "train", safe, refusal)
+
+    def _branches(self, examples: Sequence[Example], epoch: int, prompts: int) -> Losses:
+        if self.student.kind == "gate":
+            return gate.losses(self.passes.log_odds(examples), self._refusal_rates(examples), prompts)
+        return self.objective(self._batch(examples, epoch, prompts)[0], self.config.length)
+
+    def _refusal_rates(self, examples: Sequence[Example]) -> Tensor:
+        return torch.tensor([e.refusal_rate for e in examples], dtype=torch.float32, device=self.base.device)
 
     def _backward(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
@@ -244,6 +268,12 @@ class _Trainer:
         probes = []
         for start in range(0, take, self.config.batch_size):
             examples = self.corpus.examples("validation", indices[start : start + self.config.batch_size])
+            if self.student.kind == "gate":
+                log_odds = self.passes.log_odds(examples)
+                probes.append(self.passes.gate_probe(examples, log_odds))
+                branch = gate.losses(log_odds, self._refusal_rates(examples), take)
+                safe, refusal = safe + branch.safe.item(), refusal + branch.refusal.item()
+                continue
             batch, first = self._batch(examples, 0, take, pairs=False)
             probes.append(self.passes.probe(examples, batch, first))
             if self.on_policy:

@@ -13,6 +13,7 @@ from softguard.adapters import Adapter
 from softguard.chat import Chat, Turn
 from softguard.decoding import make_resident
 from softguard.errors import SoftguardError
+from softguard.gate import Gate
 from softguard.models import BaseModel
 
 _BLOCK = 128  # ids summed at once when one is drawn
@@ -39,7 +40,8 @@ class Engine:
         """`adapter`: none for the base alone."""
         self.base = adapted(base, adapter)
         self.chat = Chat(base.tokenizer, adapter.slot if adapter else "start", base.stop_ids)
-        self.prefix = make_resident(self.base, self.chat, adapter)
+        self.gate = Gate.of(self.base, self.chat, adapter) if adapter is not None and adapter.kind == "gate" else None
+        self.prefix = make_resident(self.base, self.chat, adapter, self.gate)
 
     def generate(
         self,
@@ -92,6 +94,20 @@ class Engine:
                 shown = text
         yield self._text(made)[len(shown) :]
 
+    def log_odds(self, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """A gate's log-odds of refusing single-turn prompts, (prompts,); −∞ without a gate, which nothing else refuses by."""
+        if self.gate is None:
+            return torch.full((len(prompts),), -torch.inf)
+        encoded = [self.chat.encode(prompt) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+        result = torch.empty(len(prompts))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            output, _ = self.prefix.begin([encoded[i] for i in batch], 0)
+            assert output.gated is not None
+            result[batch] = self.gate.log_odds(output.gated).cpu().float()
+        return result
+
     def _text(self, ids: Sequence[int]) -> str:
         return self.chat.decode([i for i in ids if i not in self.chat.stop_ids])
 
@@ -108,6 +124,9 @@ class Engine:
     ) -> Iterator[dict[int, _Token]]:
         """Yield, step by step, the next token of every row that has not ended."""
         output, decoding = self.prefix.begin(prompts, new)
+        refused: set[int] = set()
+        if self.gate is not None and output.gated is not None:
+            refused, draws = _refused(self.gate.log_odds(output.gated), draws)
         running = list(range(len(prompts)))  # rows that are still decoded, ended ones among them for a while
         ended: set[int] = set()
         for step in range(new):
@@ -116,6 +135,9 @@ class Engine:
             else:
                 u = draws[running, step].to(output.logits.device)
                 chosen = _inverse_cdf((output.logits / temperature).softmax(-1), u)
+            if self.gate is not None and refused:
+                said = self.gate.refusal[min(step, len(self.gate.refusal) - 1)]
+                chosen[[place for place, row in enumerate(running) if row in refused]] = said
             made = zip(running, chosen.tolist(), output.hidden, strict=True)
             tokens = {row: _Token(id_, hidden) for row, id_, hidden in made if row not in ended}
             yield tokens
@@ -128,6 +150,19 @@ class Engine:
                 decoding.keep(index)
                 chosen, running = chosen[index], [running[i] for i in keep]
             output = decoding.step(chosen)
+
+
+def _refused(log_odds: Tensor, draws: Tensor | None) -> tuple[set[int], Tensor | None]:
+    """Rows a gate refuses, and the uniform numbers (rows, tokens) that are left for the others.
+
+    Of the first number u < g refuses, as likely as g; (u − g)/(1 − g) is then uniform again. Without draws g ≥ ½ does.
+    """
+    g = log_odds.sigmoid().cpu()
+    if draws is None:
+        return set((g >= 0.5).nonzero().flatten().tolist()), None
+    first = draws[:, 0]
+    rest = ((first - g) / (1 - g)).clamp(0, 1 - 2**-24)
+    return set((first < g).nonzero().flatten().tolist()), torch.cat([rest[:, None], draws[:, 1:]], dim=1)
 
 
 def _streams(prompts: Sequence[str], length: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -11,9 +11,9 @@
 Metrics: safety (share of answers the judge calls safe; "safety by NAME" of another judge), refusal (share that are refusals,
 on the same prompts), over_refusal (share of refusals to harmless prompts), token_tv and token_kl (mean over the tokens of
 answers drawn from the base; nats for KL), perplexity_ratio (of those answers, to the base's), accuracy (share of questions
-whose right answer is the likeliest; what the system refuses is wrong), accuracy_change (to the base, paired), gap_closed
-((distilled − base) / (system − base) safety). Intervals are 95 %, exact for shares, bootstrap over prompts otherwise. `method`
-is "base", the system's mode, or the adapter's objective.
+whose right answer is the likeliest; what the system or a gate refuses is wrong), accuracy_change (to the base, paired),
+gap_closed ((distilled − base) / (system − base) safety). Intervals are 95 %, exact for shares, bootstrap over prompts
+otherwise. `method` is "base", the system's mode, or the adapter's objective.
 
 Answers are kept in `answers/`, one file a system and suite, and are not made again by a later run with the same settings.
 `outcomes.json` holds the figure of every single prompt behind a row, for paired tests between runs on the same prompts.
@@ -240,6 +240,9 @@ class _Run:
             prefix = constant_prefix(engine.base, engine.chat, self.adapter if name == "distilled" else None)
             make = partial(likeliest, engine.base, engine.chat, prefix, suite.prompts, suite.choices)
             chosen = self._kept(name, suite, [list(choices) for choices in suite.choices], make)
+            if engine.gate is not None:
+                refused = (engine.log_odds(suite.prompts) >= 0).tolist()
+                chosen = [-1 if no else i for i, no in zip(chosen, refused, strict=True)]
             right[name] = [a == b for a, b in zip(chosen, suite.right, strict=True)]
             if name == "base":
                 texts = [choices[i] for choices, i in zip(suite.choices, chosen, strict=True)]

@@ -10,6 +10,7 @@ from softguard.adapters import DIRECTION, VECTORS, Adapter, Kind
 from softguard.chat import Chat
 from softguard.config import DistilConfig
 from softguard.errors import SoftguardError
+from softguard.gate import turned, turns
 from softguard.models import BaseModel
 
 
@@ -39,17 +40,21 @@ def initial_vectors(base: BaseModel, kind: Kind, text: str, n_soft: int) -> Tens
     """`text` as the model reads it. Shape as in `Adapter`, float32.
 
     A soft prompt gets its embeddings, repeated if there are fewer than n_soft, averaged over neighbours if there are more. A
-    key/value prefix gets the keys and values the model makes of its first n_soft tokens, repeated likewise. Text, never noise:
-    rows off the embedding manifold cost safety before training begins (METHOD §3.2).
+    key/value prefix or a gate gets the keys and values the model makes of its first n_soft tokens, repeated likewise. Text,
+    never noise: rows off the embedding manifold cost safety before training begins (METHOD §3.2).
     Raises SoftguardError if the text has no tokens.
     """
     ids = base.tokenizer.encode(text, add_special_tokens=False)
     if not ids:
         raise SoftguardError("distil.init_text is empty; give the text the adapter starts from")
-    if kind == "kv_prefix":
+    if kind in ("kv_prefix", "gate"):
         ids = (ids * -(-n_soft // len(ids)))[:n_soft]
         cache = base.model(torch.tensor([ids], device=base.device), use_cache=True).past_key_values
         pairs = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
+        if kind == "gate":
+            pairs = pairs.float()
+            cos, sin = turns(base.model.get_decoder(), pairs, torch.arange(n_soft, device=base.device)[None])
+            pairs[:, 0] = turned(pairs[:, 0], cos, -sin)
         return pairs.permute(3, 0, 1, 2, 4).flatten(1).float()  # from (layers, 2, key heads, n_soft, width)
     rows: Tensor = base.model.get_input_embeddings()(torch.tensor(ids, device=base.device)).float()  # (tokens, hidden)
     if len(rows) <= n_soft:

@@ -11,6 +11,7 @@ from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.corpus import Example
 from softguard.divergences import token_tv
+from softguard.gate import Gate, log_odds
 from softguard.kernels import log_law, selected_log_probs
 from softguard.models import BaseModel
 from softguard.objectives import Batch, divergences
@@ -40,6 +41,11 @@ class Passes:
     def teacher(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[Tensor]:
         """The same of the base."""
         return packed_hidden(self.base, self._teacher_prefix, rows, wanted) if rows else []
+
+    def log_odds(self, examples: Sequence[Example]) -> Tensor:
+        """A gate's log-odds of refusing the examples' prompts, (examples,); gradients reach the adapter."""
+        gate = Gate.of(self.base, self.chat, self.adapter)
+        return log_odds(gate, self.chat.prefix.after, [self.chat.encode(e.prompt) for e in examples])
 
     def log_probs(self, hidden: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> Tensor:
         """Log-probabilities, (all tokens,), of the answers' tokens from the hidden states that predict them."""
@@ -114,6 +120,20 @@ class Passes:
             int((own & refused).sum()),
             int(refused.sum()),
             int((torch.isin(likeliest[:safe], begins) & kept).sum()),
+            int(kept.sum()),
+        )
+
+    def gate_probe(self, examples: Sequence[Example], log_odds: Tensor) -> "Probe":
+        """The same of a gate. Its TV to the base is at most g, at the first token, and nothing at the others."""
+        refused = torch.tensor([e.refusal_rate > 0.5 for e in examples], device=log_odds.device)
+        kept = ~refused
+        lengths = torch.tensor([len(e.responses[0].ids) for e in examples], device=log_odds.device)
+        return Probe(
+            float(log_odds.sigmoid()[kept].sum()),
+            int(lengths[kept].sum()),
+            int((log_odds >= 0)[refused].sum()),
+            int(refused.sum()),
+            int((log_odds >= 0)[kept].sum()),
             int(kept.sum()),
         )
 

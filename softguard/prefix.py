@@ -37,7 +37,7 @@ def constant_prefix(base: BaseModel, chat: Chat, adapter: Adapter | None) -> Con
         return ConstantPrefix(torch.cat([before, after]))
     if adapter.kind == "text":
         return ConstantPrefix(embed(chat.with_system(adapter.text)))
-    if adapter.kind in ("lora", "steering"):
+    if adapter.kind in ("lora", "steering", "gate"):
         return ConstantPrefix(torch.cat([before, after]))
     vectors = adapter.vectors.to(before.dtype)
     if adapter.kind == "soft_prompt":

@@ -319,7 +319,8 @@ def test_micro_batches_must_not_outnumber_prompts() -> None:
 
 def test_weights_are_the_objectives_own_unless_set() -> None:
     assert DistilConfig(objective="kl-paper").weights == (1, 1)
-    assert DistilConfig(objective="tv").weights != (1, 1)
+    assert DistilConfig(adapter="kv_prefix").weights != (1, 1)
+    assert DistilConfig(adapter="gate").weights == (1, 1)
     assert DistilConfig(objective="tv", safe_weight=0.0, drift_weight=3.0).weights == (0, 3)
 
 

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +70,9 @@ def test_every_objective_learns(objective: str, prompts: Path, corpus: Corpus, s
     assert loaded.facts["corpus"] == corpus.fingerprint
 
 
-@pytest.mark.parametrize("changes", [[], ["distil.adapter=lora", "distil.budget=2000", "distil.objective=ppo"]])
+@pytest.mark.parametrize(
+    "changes", [[], ["distil.adapter=gate"], ["distil.adapter=lora", "distil.budget=2000", "distil.objective=ppo"]]
+)
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
     changes: list[str], prompts: Path, corpus: Corpus, small: BaseModel, small_folder: Path, tmp_path: Path
 ) -> None:
@@ -92,8 +95,10 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.parametrize("adapter", ["kv_prefix", "lora", "steering"])
-@pytest.mark.parametrize("objective", ["tv", "kl-paper", "dpo"])
+@pytest.mark.parametrize(
+    ("adapter", "objective"),
+    [("gate", "tv"), *itertools.product(("kv_prefix", "lora", "steering"), ("tv", "kl-paper", "dpo"))],
+)
 def test_every_adapter_learns(
     adapter: str, objective: str, prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
 ) -> None:
@@ -105,10 +110,12 @@ def test_every_adapter_learns(
     assert trained.kind == adapter
 
 
-@pytest.mark.parametrize("adapter", ["soft_prompt", "kv_prefix", "lora", "steering"])
-@pytest.mark.parametrize("objective", [*OBJECTIVES, *ON_POLICY])
+@pytest.mark.parametrize(
+    ("adapter", "objective"),
+    [("gate", "tv"), *itertools.product(("soft_prompt", "kv_prefix", "lora", "steering"), (*OBJECTIVES, *ON_POLICY))],
+)
 def test_any_objective_moves_any_adapter(
-    objective: str, adapter: str, prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+    adapter: str, objective: str, prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
 ) -> None:
     changes = [f"distil.adapter={adapter}", f"distil.objective={objective}", "distil.budget=2000", "distil.warmup=0"]
     trainer = _Trainer(recipe(prompts, *changes), corpus, tmp_path, small)
@@ -151,27 +158,31 @@ def test_an_adapter_without_steps_is_saved_as_it_starts(
     assert not (tmp_path / "log.jsonl").exists()
 
 
+@pytest.mark.parametrize("adapter", ["soft_prompt", "gate"])
 def test_two_processes_end_with_the_adapter_of_one(
-    prompts: Path, corpus: Corpus, small: BaseModel, small_folder: Path, tmp_path: Path
+    adapter: str, prompts: Path, corpus: Corpus, small: BaseModel, small_folder: Path, tmp_path: Path
 ) -> None:
-    wanted = [f"teach.prompts={prompts}", f"teach.validation={prompts}", *SETTINGS, f"model.name={small_folder}"]
+    changes = [f"model.name={small_folder}", f"distil.adapter={adapter}"]
+    wanted = [f"teach.prompts={prompts}", f"teach.validation={prompts}", *SETTINGS, *changes]
     overrides = [item for o in wanted for item in ("--set", o)]
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "softguard.cli"]
     out = tmp_path / "two"
     done = run_module(*launch, "distil", *overrides, "--corpus", corpus.folder, "--out", out)
     assert done.returncode == 0, done.stderr
-    alone = distil(recipe(prompts, f"model.name={small_folder}"), corpus, tmp_path / "one", small)
+    alone = distil(recipe(prompts, *changes), corpus, tmp_path / "one", small)
     torch.testing.assert_close(Adapter.load(out, small).vectors, alone.vectors, rtol=0, atol=1e-4)
     assert [line["step"] for line in log_of(out)] == [line["step"] for line in log_of(tmp_path / "one")]
 
 
+@pytest.mark.parametrize("adapter", ["soft_prompt", "gate"])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(
-    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+    adapter: str, prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
 ) -> None:
     gradients = []
     for parts in (1, 3):
-        trainer = _Trainer(recipe(prompts, f"distil.accumulate={parts}", "distil.clip=1e9"), corpus, tmp_path, small)
+        wanted = recipe(prompts, f"distil.accumulate={parts}", "distil.clip=1e9", f"distil.adapter={adapter}")
+        trainer = _Trainer(wanted, corpus, tmp_path, small)
         trainer._train_step(list(range(6)), 0)
         assert trainer.student.vectors.grad is not None
         gradients.append(trainer.student.vectors.grad.clone())
@@ -227,6 +238,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(prompts: Path, corpus: Corpus, 
 def test_an_unknown_objective_is_told_before_training(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
     with pytest.raises(SoftguardError, match="tv, jsd, kl, tv-paper, kl-paper, perplexity, sft, dpo, reinforce, ppo"):
         distil(recipe(prompts, "distil.objective=hinge"), corpus, tmp_path, small)
+
+
+@pytest.mark.parametrize(
+    "change", ["distil.objective=kl", "distil.drift_weight=0.1", "system.policy.medicine.refusal=Ask a doctor."]
+)
+def test_what_a_gate_cannot_learn_is_told_before_training(
+    change: str, prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    with pytest.raises(SoftguardError, match=r"gate.*choose another distil\.adapter, such as kv_prefix"):
+        distil(recipe(prompts, "distil.adapter=gate", change), corpus, tmp_path, small)
 
 
 def test_a_corpus_of_another_model_is_refused(prompts: Path, corpus: Corpus, base: BaseModel, tmp_path: Path) -> None:

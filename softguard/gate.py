@@ -1,0 +1,131 @@
+"""The gate: keys and values that only the tokens before the response see, and a law that follows from them.
+
+Every chat template closes the user's turn with fixed tokens, the *closing*. They are run twice, once as ever and once beside
+the gate's keys and values; g(x), the probability the second pass gives to the refusal's first token, is how probable a
+refusal is. After it the gate is gone: what is not refused is answered by the base as if nothing had been there,
+
+    q(r|x) = (1 − g(x))·p(r|x) + g(x)·1[r = y_r],
+
+so that TV(P, q) = |U(x) − g(x)| for a system P with a prompt guard (METHOD eq. 2; p(y_r) = 0).
+
+Keys are kept unturned and stand right before the closing wherever that is, so that a prompt's length changes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softguard.adapters import Adapter
+from softguard.chat import Chat, align
+from softguard.divergences import P_SAFE_RANGE, log_avoids, log_hinge
+from softguard.errors import SoftguardError
+from softguard.kernels import log_law
+from softguard.models import BaseModel
+from softguard.objectives import Losses
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A gate ready for one base model."""
+
+    base: BaseModel
+    closing: tuple[int, ...]  # the template's tokens between the user's text and the response
+    keys_values: list[tuple[Tensor, Tensor]]  # by layer, (key heads, n_soft, width) float32 each, keys unturned
+    refusal: tuple[int, ...]  # y_r, the end-of-turn token included
+
+    @classmethod
+    def of(cls, base: BaseModel, chat: Chat, adapter: Adapter) -> "Gate":
+        """From an adapter's vectors, which gradients reach, and the refusal its facts name.
+
+        Raises SoftguardError if the template has no closing.
+        """
+        if not chat.closing:
+            raise SoftguardError("the chat template has no tokens between user and response; use distil.adapter=kv_prefix")
+        heads, width = base.key_heads
+        layers = adapter.vectors.view(len(adapter.vectors), -1, 2, heads, width).permute(1, 2, 3, 0, 4)
+        return cls(
+            base, chat.closing, [(pair[0], pair[1]) for pair in layers], tuple(chat.encode_response(adapter.facts["refusal"]))
+        )
+
+    def turned(self, before: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """By layer, keys and values (rows, key heads, n_soft, width), keys stand right before positions `before` (rows,)."""
+        positions = before[:, None] + torch.arange(-self.n_soft, 0, device=before.device)
+        turn = turns(self.base.model.get_decoder(), self.keys_values[0][0], positions)
+        dtype, rows = self.base.model.dtype, len(before)
+        pairs = ((turned(keys[None], *turn), values[None]) for keys, values in self.keys_values)
+        return [(k.to(dtype).expand(rows, -1, -1, -1), v.to(dtype).expand(rows, -1, -1, -1)) for k, v in pairs]
+
+    @property
+    def n_soft(self) -> int:
+        """Positions it has."""
+        return self.keys_values[0][0].shape[1]
+
+    def hidden(self, cache: Any, mask: Tensor, positions: Tensor) -> Tensor:
+        """Last hidden states, (rows, hidden), at the end of a closing that follows `cache` and sees the gate.
+
+        `cache`: transformers', of (rows, tokens) that are real where `mask` is 1; it is changed. `positions`: (rows,), of the
+        closing's first token.
+        """
+        for index, (keys, values) in enumerate(self.turned(positions)):
+            cache.update(keys, values, index)
+        closing = torch.tensor(self.closing, device=mask.device)
+        more = self.n_soft + len(closing)
+        output = self.base.model.get_decoder()(
+            input_ids=closing.expand(len(mask), -1),
+            attention_mask=torch.cat([mask, mask.new_ones(len(mask), more)], dim=1),
+            position_ids=positions[:, None] + torch.arange(len(closing), device=mask.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[:, -1]  # type: ignore[no-any-return]
+
+    def log_odds(self, hidden: Tensor) -> Tensor:
+        """log g − log(1 − g), (rows,) float32 at least, from what `hidden` gives."""
+        law = log_law(hidden, self.base.head)
+        token = torch.tensor(self.refusal[0], device=law.device)
+        return law[:, token] - log_avoids(law, token)
+
+
+def log_odds(gate: Gate, prefix: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
+    """log g − log(1 − g) of rows of ids that end with the closing, behind the template's `prefix`, with gradients to the gate.
+
+    The base's own pass over what comes before the closing has none, since nothing of it depends on the gate.
+    """
+    before = [[*prefix, *row[: -len(gate.closing)]] for row in rows]
+    padded = align(before, [[]] * len(rows), gate.base.pad_id, gate.base.device)
+    with torch.no_grad():
+        output = gate.base.model.get_decoder()(
+            input_ids=padded.ids, attention_mask=padded.mask, position_ids=padded.positions(0), use_cache=True
+        )
+    return gate.log_odds(gate.hidden(output.past_key_values, padded.mask, padded.mask.sum(-1)))
+
+
+def losses(log_odds: Tensor, refusal_rate: Tensor, prompts: float) -> Losses:
+    """The log-hinge bound on Σ TV(P, q) over (rows,) prompts, divided by `prompts` (METHOD §3.5; ρ = 1 − g for every answer).
+
+    safe branch: (1 − U)·(log(1 − U) − log(1 − g))₊; refusal branch: U·(log U − log g)₊.
+    """
+    rate = refusal_rate.clamp(*P_SAFE_RANGE)
+    log_sigmoid = torch.nn.functional.logsigmoid
+    safe = (1 - refusal_rate) * log_hinge((1 - rate).log(), log_sigmoid(-log_odds))
+    refusal = refusal_rate * log_hinge(rate.log(), log_sigmoid(log_odds))
+    return Losses(safe.sum() / prompts, refusal.sum() / prompts)
+
+
+def turns(decoder: Any, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, (rows, 1, tokens, turned width), of rotary `positions` (rows, tokens); of no width if there are none."""
+    if not hasattr(decoder, "rotary_emb"):
+        return (like.new_empty(1, 1, 1, 0),) * 2
+    cos, sin = decoder.rotary_emb(like, positions)
+    return cos[:, None], sin[:, None]
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions as transformers turns them: x (…, tokens, width), of which the first turned width is turned."""
+    some, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    a, b = some.chunk(2, dim=-1)
+    some = some * cos + torch.cat([-b, a], dim=-1) * sin
+    return torch.cat([some, rest.expand(*some.shape[:-1], -1)], dim=-1)

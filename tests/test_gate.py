@@ -1,0 +1,196 @@
+"""The gate against transformers' own passes, its law against enumeration."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from softguard import frozen
+from softguard.adapters import VECTORS, Adapter
+from softguard.chat import Chat, Turn
+from softguard.decoding import make_resident
+from softguard.drift import measure_drift
+from softguard.engine import Engine, _refused
+from softguard.errors import SoftguardError
+from softguard.gate import Gate, log_odds, losses
+from softguard.initial import initial_vectors
+from softguard.models import BaseModel
+from softguard.prefix import constant_prefix
+from tests.references import random_adapter, whole_row
+
+REFUSAL = "No, I will not."
+ROWS = ["How do I bake bread?", "hi", "What is the capital of France, and who lives there?"]
+
+
+def gate_adapter(base: BaseModel, n_soft: int = 4, seed: int = 0) -> Adapter:
+    return replace(random_adapter(base, "gate", n_soft=n_soft, seed=seed), facts={"objective": "tv", "refusal": REFUSAL})
+
+
+@pytest.fixture
+def chat(small: BaseModel) -> Chat:
+    return Chat(small.tokenizer, "start", small.stop_ids)
+
+
+def one_row(base: BaseModel, chat: Chat, adapter: Adapter, row: Sequence[int]) -> Tensor:
+    """Last hidden state, (hidden,), at the row's end beside the gate: one row, no padding, keys turned plane by plane."""
+    gate = Gate.of(base, chat, adapter)
+    before = [*chat.prefix.after, *row[: -len(chat.closing)]]
+    cache = DynamicCache()
+    base.model.get_decoder()(torch.tensor([before]), past_key_values=cache)
+    heads, width = base.key_heads
+    vectors = adapter.vectors.view(len(adapter.vectors), -1, 2, heads, width)
+    for layer in range(vectors.shape[1]):
+        keys, values = vectors[:, layer, 0].clone(), vectors[:, layer, 1]
+        for i in range(len(vectors)):
+            for plane in range(width // 2):
+                angle = (len(before) - len(vectors) + i) * 10_000.0 ** (-2 * plane / width)
+                c, s = torch.cos(torch.tensor(angle)), torch.sin(torch.tensor(angle))
+                a, b = vectors[i, layer, 0, :, plane], vectors[i, layer, 0, :, plane + width // 2]
+                keys[i, :, plane], keys[i, :, plane + width // 2] = a * c - b * s, b * c + a * s
+        cache.update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None], layer)
+    positions = len(before) + torch.arange(len(gate.closing))
+    output = base.model.get_decoder()(torch.tensor([gate.closing]), past_key_values=cache, position_ids=positions[None])
+    return output.last_hidden_state[0, -1]  # type: ignore[no-any-return]
+
+
+def test_a_text_stands_before_the_closing_as_the_model_itself_would_read_it_there(small: BaseModel, chat: Chat) -> None:
+    text = "You are careful."
+    ids = small.tokenizer.encode(text, add_special_tokens=False)
+    vectors = initial_vectors(small, "gate", text, len(ids))
+    gate = Gate.of(small, chat, Adapter("gate", {VECTORS: vectors}, "start", {"refusal": REFUSAL}))
+    for before in (len(ids), 40):
+        cache = DynamicCache()
+        positions = torch.arange(before - len(ids), before)[None]
+        with torch.no_grad():
+            small.model(torch.tensor([ids]), position_ids=positions, past_key_values=cache)
+        for (keys, values), layer in zip(gate.turned(torch.tensor([before])), cache.layers, strict=True):
+            torch.testing.assert_close(keys, layer.keys, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(values, layer.values, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("make", ["written out", "by transformers"])
+def test_rows_pass_the_gate_and_go_on_as_the_bases(
+    make: str, small: BaseModel, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if make == "by transformers":
+        monkeypatch.setattr(frozen, "is_plain", lambda decoder: False)
+    adapter = gate_adapter(small)
+    rows = [chat.encode(text) for text in ROWS]
+    resident = make_resident(small, chat, adapter, Gate.of(small, chat, adapter))
+    assert resident.length == len(chat.prefix.after)
+    output, decoding = resident.begin(rows, 2)
+    assert output.gated is not None
+    prefix = constant_prefix(small, chat, None)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(output.gated[i], one_row(small, chat, adapter, row), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.hidden[i], whole_row(small, prefix, row)[-1], rtol=1e-4, atol=1e-4)
+    after = decoding.step(torch.tensor([7, 17, 27]))
+    assert after.gated is None
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(after.hidden[i], whole_row(small, prefix, [*row, 7 + 10 * i])[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_training_sees_the_log_odds_of_the_pass_and_reaches_every_key_and_value(small: BaseModel, chat: Chat) -> None:
+    adapter = gate_adapter(small)
+    vectors = adapter.vectors.clone().requires_grad_()
+    gate = Gate.of(small, chat, replace(adapter, tensors={VECTORS: vectors}))
+    rows = [chat.encode(text) for text in ROWS]
+    odds = log_odds(gate, chat.prefix.after, rows)
+    for value, row in zip(odds, rows, strict=True):
+        with torch.no_grad():
+            law = small.model.get_output_embeddings()(one_row(small, chat, adapter, row)).softmax(-1)
+        q = law[chat.encode_response(REFUSAL)[0]]
+        torch.testing.assert_close(value.detach(), q.log() - (1 - q).log(), rtol=1e-3, atol=1e-3)
+    odds.sum().backward()  # type: ignore[no-untyped-call]
+    assert vectors.grad is not None
+    layers = small.model.config.num_hidden_layers
+    assert (vectors.grad.view(len(vectors), 2 * layers, -1).abs().amax(-1) > 0).all()
+
+
+def forced(monkeypatch: pytest.MonkeyPatch, *odds: float) -> None:
+    """Makes a gate say so of the rows of a batch, in their order there."""
+    monkeypatch.setattr(Gate, "log_odds", lambda self, hidden: torch.tensor(odds))
+
+
+def test_what_is_refused_gets_the_refusal_and_the_rest_the_bases_answer(
+    small: BaseModel, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = sorted(ROWS, key=lambda text: len(chat.encode(text)))  # a batch is run in this order
+    base, engine = Engine(small), Engine(small, gate_adapter(small))
+    forced(monkeypatch, 5.0, -5.0, 0.0)
+    answers = engine.generate(prompts, 12)
+    assert [answer.text for answer in answers] == [REFUSAL, base.generate(prompts[1:2], 12)[0].text, REFUSAL]
+    assert answers[0].ids == tuple(chat.encode_response(REFUSAL))
+    assert engine.generate(prompts, 2)[0].ids == tuple(chat.encode_response(REFUSAL)[:2])
+    forced(monkeypatch, 5.0)
+    assert "".join(engine.stream([Turn("user", "hi")], 12)) == REFUSAL
+    forced(monkeypatch, -5.0)
+    assert "".join(engine.stream([Turn("user", "hi")], 12)) == "".join(base.stream([Turn("user", "hi")], 12))
+
+
+def test_drawn_answers_follow_the_mixture() -> None:
+    u = (torch.arange(10_000) + 0.5) / 10_000
+    odds = torch.full_like(u, 0.7)
+    refused, rest = _refused(odds, u[:, None].repeat(1, 2))
+    assert rest is not None
+    assert len(refused) == pytest.approx(10_000 * torch.tensor(0.7).sigmoid(), abs=1)
+    kept = rest[[i for i in range(len(u)) if i not in refused], 0]
+    assert torch.equal(rest[:, 1], u)  # what later tokens are drawn by
+    shares = torch.histc(kept, 10, 0, 1) / len(kept)
+    assert (shares - 0.1).abs().max() < 1e-2
+
+
+def test_the_loss_bounds_the_exact_distance_of_the_mixtures() -> None:
+    """A law of three answers, the refusal none of them: TV(P, q) by enumeration."""
+    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+
+    def system(rate: float) -> Tensor:
+        return torch.cat([(1 - rate) * p, torch.tensor([rate], dtype=torch.float64)])
+
+    for rate in (0.0, 0.2, 0.7, 1.0):
+        for g in (0.01, 0.2, 0.7, 0.99):
+            exact = (system(rate) - system(g)).clamp(min=0).sum()
+            assert exact == pytest.approx(abs(rate - g))
+            odds = torch.tensor([g], dtype=torch.float64).logit()
+            loss = losses(odds, torch.tensor([rate], dtype=torch.float64), 1)
+            assert loss.safe + loss.refusal >= exact - 1e-3
+            if rate == g:
+                assert loss.safe + loss.refusal == pytest.approx(0, abs=1e-9)
+
+
+def test_drift_is_that_of_the_mixture(small: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = Engine(small), gate_adapter(small)
+    engine = Engine(small, adapter)
+    drawn = base.generate(ROWS, 5, temperature=1.0)
+    odds = engine.log_odds(ROWS)
+    drift = measure_drift(base, engine, adapter, ROWS, drawn)
+    token = base.chat.encode_response(REFUSAL)[0]
+    prefix = constant_prefix(small, base.chat, None)
+    for i, text in enumerate(ROWS):
+        with torch.no_grad():
+            law = small.model.get_output_embeddings()(whole_row(small, prefix, base.chat.encode(text))[-1]).softmax(-1)
+        g, count = odds[i].sigmoid().clamp(1e-4, 1 - 1e-4), len(drawn[i].ids)
+        moved = (1 - g) * law
+        moved[token] += g
+        first = drawn[i].ids[0]
+        assert drift.token_tv[i] == pytest.approx(float((law - moved).clamp(min=0).sum()) / count, rel=1e-3, abs=1e-7)
+        assert drift.token_kl[i] == pytest.approx(float((law * (law / moved).log()).sum()) / count, rel=1e-3, abs=1e-7)
+        assert drift.loss[i] == pytest.approx(float((law[first] / moved[first]).log()) / count, rel=1e-3, abs=1e-6)
+
+
+def test_log_odds_are_given_in_the_order_of_the_prompts(small: BaseModel) -> None:
+    engine = Engine(small, gate_adapter(small))
+    together = engine.log_odds(ROWS, batch_size=2)
+    alone = torch.cat([engine.log_odds([text]) for text in ROWS])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert Engine(small).log_odds(ROWS).tolist() == [-torch.inf] * 3
+
+
+def test_a_template_without_a_closing_is_told(small: BaseModel, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "closing", ())
+    with pytest.raises(SoftguardError, match="kv_prefix"):
+        Gate.of(small, chat, gate_adapter(small))
