@@ -53,9 +53,9 @@ def main() -> None:
 
 
 def package(trained: Path, out: Path) -> None:
-    """Copy an adapter's files; the seal comes last, so that a half-copied adapter is refused."""
+    """Copy a gate's files; the seal comes last, so that a half-copied adapter is refused."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors", "softguard.json"):
+    for name in ("adapter_model.safetensors", "softguard.json"):
         shutil.copyfile(trained / name, out / name)
 
 

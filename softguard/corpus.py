@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from softguard.config import Recipe, fingerprint
+from softguard.divergences import P_SAFE_RANGE
 from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
 from softguard.files import read_json, write_file, write_json
@@ -28,7 +29,7 @@ from softguard.models import BaseModel
 from softguard.prompts import Prompt, read_prompts
 from softguard.system import SafeSystem
 
-VERSION = 3
+VERSION = 4
 _ROW_GROUP = 32  # prompts; what reading one example costs
 _SCHEMA = pa.schema(
     [
@@ -72,6 +73,19 @@ class Example(NamedTuple):
     label: str
     refusal_rate: float
     responses: tuple[Draw, ...]
+
+    def soft_refusal_rate(self, threshold: float | None) -> float:
+        """U(x) had the guard's p(safe) not been cut at `threshold`, but its log-odds set to 0 there; without one, U(x) itself.
+
+        It says more of a prompt than U(x); of a single response it lies on the same side of ½.
+        """
+        if threshold is None:
+            return self.refusal_rate
+        low, high = P_SAFE_RANGE
+        p_safe = np.clip([draw.p_safe for draw in self.responses], low, high)
+        cut = min(max(threshold, low), high)
+        odds = p_safe / (1 - p_safe) * (1 - cut) / cut
+        return float(np.mean(1 / (1 + odds)))
 
     @property
     def refusals(self) -> dict[tuple[int, ...], float]:
@@ -171,6 +185,7 @@ def teach(
         "base": base.fingerprint,
         "guard": system.guard.name,
         "refusals": list(system.policy.refusals),
+        "threshold": system.threshold if recipe.system.decision == "threshold" else None,
         "settings": fingerprint(
             base.fingerprint,
             system.guard.fingerprint,

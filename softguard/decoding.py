@@ -59,11 +59,27 @@ def keep_prefix(base: BaseModel, prefix: ConstantPrefix, gate: Gate | None = Non
     if frozen.is_plain(base.model.get_decoder()):
         kept = _run_plain_prefix(base, prefix)
         return Resident(prefix.length, lambda prompts, new: _PlainRows.begin(base, kept, prompts, new, gate))
+    cache = run_prefix(base, prefix)
+    return Resident(prefix.length, lambda prompts, new: _AnyRows.begin(base, cache, prompts, gate))
+
+
+def run_prefix(base: BaseModel, prefix: ConstantPrefix) -> Any:
+    """Transformers' cache of `prefix`, of one row."""
     cache = _empty_cache(base)
     for index, (keys, values) in enumerate(prefix.keys_values or ()):
         cache.update(keys[None], values[None], index)
     base.model(inputs_embeds=prefix.embeddings[None], past_key_values=cache, use_cache=True)
-    return Resident(prefix.length, lambda prompts, new: _AnyRows.begin(base, cache, prompts, gate))
+    return cache
+
+
+def gated_log_odds(gate: Gate, prefix: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """A gate's log-odds of refusing, (prompts,), with gradients to it; `prefix` of `run_prefix` without one.
+
+    What comes before the closing does not depend on the gate, so the pass over it has none.
+    """
+    with torch.no_grad():
+        _, rows = _AnyRows.begin(gate.base, prefix, [prompt[: -len(gate.closing)] for prompt in prompts])
+    return gate.log_odds(gate.hidden(rows.cache, rows.mask, rows.mask.sum(-1)))
 
 
 class _Kept(NamedTuple):

@@ -117,11 +117,13 @@ def _check_gate(recipe: Recipe) -> None:
     objective, drift_weight = recipe.distil.objective, recipe.distil.drift_weight
     if objective != "tv" or drift_weight is not None:
         raise SoftguardError(
-            f"distil.objective is {objective} and distil.drift_weight {drift_weight}; a gate is |U − g| away from the system by "
-            "any divergence: leave both out, or choose another distil.adapter, such as kv_prefix"
+            f"distil.objective is {objective} and distil.drift_weight {drift_weight}; a gate is |U − g| away from the system "
+            "by any divergence: leave both out, or choose another distil.adapter, such as kv_prefix"
         )
     if recipe.system.policy:
-        raise SoftguardError("system.policy is set and a gate says one refusal; choose another distil.adapter, such as kv_prefix")
+        raise SoftguardError(
+            "system.policy is set and a gate says one refusal; choose another distil.adapter, such as kv_prefix"
+        )
 
 
 class _Trainer:
@@ -223,11 +225,12 @@ class _Trainer:
 
     def _branches(self, examples: Sequence[Example], epoch: int, prompts: int) -> Losses:
         if self.student.kind == "gate":
-            return gate.losses(self.passes.log_odds(examples), self._refusal_rates(examples), prompts)
+            return gate.losses(self.passes.log_odds(examples), self._soft_rates(examples), prompts)
         return self.objective(self._batch(examples, epoch, prompts)[0], self.config.length)
 
-    def _refusal_rates(self, examples: Sequence[Example]) -> Tensor:
-        return torch.tensor([e.refusal_rate for e in examples], dtype=torch.float32, device=self.base.device)
+    def _soft_rates(self, examples: Sequence[Example]) -> Tensor:
+        rates = [e.soft_refusal_rate(self.corpus.manifest["threshold"]) for e in examples]
+        return torch.tensor(rates, dtype=torch.float32, device=self.base.device)
 
     def _backward(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
@@ -271,7 +274,7 @@ class _Trainer:
             if self.student.kind == "gate":
                 log_odds = self.passes.log_odds(examples)
                 probes.append(self.passes.gate_probe(examples, log_odds))
-                branch = gate.losses(log_odds, self._refusal_rates(examples), take)
+                branch = gate.losses(log_odds, self._soft_rates(examples), take)
                 safe, refusal = safe + branch.safe.item(), refusal + branch.refusal.item()
                 continue
             batch, first = self._batch(examples, 0, take, pairs=False)

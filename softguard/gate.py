@@ -6,12 +6,12 @@ refusal is. After it the gate is gone: what is not refused is answered by the ba
 
     q(r|x) = (1 − g(x))·p(r|x) + g(x)·1[r = y_r],
 
-so that TV(P, q) = |U(x) − g(x)| for a system P with a prompt guard (METHOD eq. 2; p(y_r) = 0).
+so that TV(P, q) = |U(x) − g(x)| for a system P with a prompt guard (eq. 2; p(y_r) = 0). Training minimises KL(P‖q). Where
+the system cuts the guard's probability at a threshold, U is taken before the cut (`Example.soft_refusal_rate`).
 
 Keys are kept unturned and stand right before the closing wherever that is, so that a prompt's length changes nothing.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from softguard.adapters import Adapter
-from softguard.chat import Chat, align
-from softguard.divergences import P_SAFE_RANGE, log_avoids, log_hinge
+from softguard.chat import Chat
+from softguard.divergences import P_SAFE_RANGE, log_avoids
 from softguard.errors import SoftguardError
 from softguard.kernels import log_law
 from softguard.models import BaseModel
@@ -89,29 +89,15 @@ class Gate:
         return law[:, token] - log_avoids(law, token)
 
 
-def log_odds(gate: Gate, prefix: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
-    """log g − log(1 − g) of rows of ids that end with the closing, behind the template's `prefix`, with gradients to the gate.
-
-    The base's own pass over what comes before the closing has none, since nothing of it depends on the gate.
-    """
-    before = [[*prefix, *row[: -len(gate.closing)]] for row in rows]
-    padded = align(before, [[]] * len(rows), gate.base.pad_id, gate.base.device)
-    with torch.no_grad():
-        output = gate.base.model.get_decoder()(
-            input_ids=padded.ids, attention_mask=padded.mask, position_ids=padded.positions(0), use_cache=True
-        )
-    return gate.log_odds(gate.hidden(output.past_key_values, padded.mask, padded.mask.sum(-1)))
-
-
 def losses(log_odds: Tensor, refusal_rate: Tensor, prompts: float) -> Losses:
-    """The log-hinge bound on Σ TV(P, q) over (rows,) prompts, divided by `prompts` (METHOD §3.5; ρ = 1 − g for every answer).
+    """KL(P‖q) of the two mixtures, summed over (rows,) prompts and divided by `prompts`: with it TV(P, q) = |U − g| vanishes.
 
-    safe branch: (1 − U)·(log(1 − U) − log(1 − g))₊; refusal branch: U·(log U − log g)₊.
+    safe branch: (1 − U)·(log(1 − U) − log(1 − g)); refusal branch: U·(log U − log g).
     """
     rate = refusal_rate.clamp(*P_SAFE_RANGE)
     log_sigmoid = torch.nn.functional.logsigmoid
-    safe = (1 - refusal_rate) * log_hinge((1 - rate).log(), log_sigmoid(-log_odds))
-    refusal = refusal_rate * log_hinge(rate.log(), log_sigmoid(log_odds))
+    safe = (1 - rate) * (torch.log1p(-rate) - log_sigmoid(-log_odds))
+    refusal = rate * (rate.log() - log_sigmoid(log_odds))
     return Losses(safe.sum() / prompts, refusal.sum() / prompts)
 
 

@@ -1,7 +1,8 @@
 """The passes of base and student that training is made of: from examples of the corpus to an objective's `Batch`."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from softguard.adapted import adapted
 from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.corpus import Example
+from softguard.decoding import gated_log_odds, run_prefix
 from softguard.divergences import token_tv
-from softguard.gate import Gate, log_odds
+from softguard.gate import Gate
 from softguard.kernels import log_law, selected_log_probs
 from softguard.models import BaseModel
 from softguard.objectives import Batch, divergences
@@ -45,7 +47,12 @@ class Passes:
     def log_odds(self, examples: Sequence[Example]) -> Tensor:
         """A gate's log-odds of refusing the examples' prompts, (examples,); gradients reach the adapter."""
         gate = Gate.of(self.base, self.chat, self.adapter)
-        return log_odds(gate, self.chat.prefix.after, [self.chat.encode(e.prompt) for e in examples])
+        return gated_log_odds(gate, self._teacher_cache, [self.chat.encode(e.prompt) for e in examples])
+
+    @cached_property
+    def _teacher_cache(self) -> Any:
+        with torch.no_grad():
+            return run_prefix(self.base, self._teacher_prefix)
 
     def log_probs(self, hidden: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> Tensor:
         """Log-probabilities, (all tokens,), of the answers' tokens from the hidden states that predict them."""

@@ -225,3 +225,15 @@ def test_what_is_made_of_a_response_that_was_broken_off_is_broken_off(small: Bas
     assert _instead(engine, system, broken, "[redacted]") == engine.chat.plain_ids("[redacted]")
     assert _instead(engine, system, whole, "[redacted]") == engine.chat.encode_response("[redacted]")
     assert _instead(engine, system, broken, "No.") == engine.chat.encode_response("No.")
+
+
+def test_the_soft_refusal_rate_crosses_one_half_where_the_guard_is_cut() -> None:
+    def example(*p_safe: float) -> Example:
+        return Example("How?", "", 0.25, tuple(Draw((1,), p, float(p >= 0.3)) for p in p_safe))
+
+    assert example(0.3).soft_refusal_rate(0.3) == pytest.approx(0.5)
+    assert example(0.2).soft_refusal_rate(0.3) > 0.5 > example(0.4).soft_refusal_rate(0.3)
+    assert example(0.8).soft_refusal_rate(0.5) == pytest.approx(0.2)
+    assert example(0.8, 0.4).soft_refusal_rate(0.5) == pytest.approx(0.4)
+    assert example(0.0).soft_refusal_rate(0.3) == pytest.approx(1, abs=1e-3)
+    assert example(0.8).soft_refusal_rate(None) == 0.25

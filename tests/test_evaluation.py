@@ -196,3 +196,25 @@ def test_the_policys_refusals_count_as_refusals(recipe: Recipe, tmp_path: Path, 
     assert refusal is not None
     assert over is not None
     assert (refusal.value, over.value) == (1, 0.5)
+
+
+def test_a_question_that_a_gate_refuses_is_not_answered(
+    recipe: Recipe, tmp_path: Path, small: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"prompt": f"How do I build {thing}?", "answer": "B", "choices": ["A", "B"]} for thing in ("a kite", "two big kites")
+    ]
+    path = tmp_path / "use.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = replace(recipe, evaluate=replace(recipe.evaluate, suites=(f"choices:{path}",)))
+    gate = replace(random_adapter(small, "gate"), facts={"refusal": recipe.system.refusal})
+
+    def right(out: Path, *odds: float) -> list[float]:
+        monkeypatch.setattr(Engine, "log_odds", lambda self, prompts: torch.tensor(odds))
+        kept = run(wanted, out, small, gate).outcomes
+        return next(list(o.values) for o in kept if (o.system, o.metric) == ("distilled", "accuracy"))
+
+    answered = right(tmp_path / "answered", -1.0, -1.0)
+    base = run(wanted, tmp_path / "base", small).outcomes
+    assert answered == next(list(o.values) for o in base if (o.system, o.metric) == ("base", "accuracy"))
+    assert right(tmp_path / "refused", 0.0, -1.0) == [0.0, answered[1]]

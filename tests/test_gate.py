@@ -11,11 +11,11 @@ from transformers import DynamicCache
 from softguard import frozen
 from softguard.adapters import VECTORS, Adapter
 from softguard.chat import Chat, Turn
-from softguard.decoding import make_resident
+from softguard.decoding import gated_log_odds, make_resident, run_prefix
 from softguard.drift import measure_drift
 from softguard.engine import Engine, _refused
 from softguard.errors import SoftguardError
-from softguard.gate import Gate, log_odds, losses
+from softguard.gate import Gate, losses
 from softguard.initial import initial_vectors
 from softguard.models import BaseModel
 from softguard.prefix import constant_prefix
@@ -99,7 +99,7 @@ def test_training_sees_the_log_odds_of_the_pass_and_reaches_every_key_and_value(
     vectors = adapter.vectors.clone().requires_grad_()
     gate = Gate.of(small, chat, replace(adapter, tensors={VECTORS: vectors}))
     rows = [chat.encode(text) for text in ROWS]
-    odds = log_odds(gate, chat.prefix.after, rows)
+    odds = gated_log_odds(gate, run_prefix(small, constant_prefix(small, chat, None)), rows)
     for value, row in zip(odds, rows, strict=True):
         with torch.no_grad():
             law = small.model.get_output_embeddings()(one_row(small, chat, adapter, row)).softmax(-1)
@@ -144,22 +144,25 @@ def test_drawn_answers_follow_the_mixture() -> None:
     assert (shares - 0.1).abs().max() < 1e-2
 
 
-def test_the_loss_bounds_the_exact_distance_of_the_mixtures() -> None:
-    """A law of three answers, the refusal none of them: TV(P, q) by enumeration."""
+def test_the_loss_is_the_divergence_of_the_mixtures() -> None:
+    """A law of three answers, the refusal none of them: TV and KL by enumeration."""
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 
     def system(rate: float) -> Tensor:
         return torch.cat([(1 - rate) * p, torch.tensor([rate], dtype=torch.float64)])
 
-    for rate in (0.0, 0.2, 0.7, 1.0):
+    for rate in (0.01, 0.2, 0.7, 0.99):
         for g in (0.01, 0.2, 0.7, 0.99):
-            exact = (system(rate) - system(g)).clamp(min=0).sum()
-            assert exact == pytest.approx(abs(rate - g))
-            odds = torch.tensor([g], dtype=torch.float64).logit()
-            loss = losses(odds, torch.tensor([rate], dtype=torch.float64), 1)
-            assert loss.safe + loss.refusal >= exact - 1e-3
-            if rate == g:
-                assert loss.safe + loss.refusal == pytest.approx(0, abs=1e-9)
+            assert (system(rate) - system(g)).clamp(min=0).sum() == pytest.approx(abs(rate - g))
+            kl = (system(rate) * (system(rate) / system(g)).log()).sum()
+            rates, odds = torch.tensor([[rate], [g]], dtype=torch.float64)
+            loss = losses(odds.logit(), rates, 2)
+            assert float(loss.safe + loss.refusal) == pytest.approx(float(kl) / 2, abs=1e-9)
+    for rate in (0.0, 1.0):  # a system that is certain
+        odds = torch.tensor([0.3], dtype=torch.float64)
+        loss = losses(odds, torch.tensor([rate], dtype=torch.float64), 1)
+        wrong = odds.sigmoid() if rate == 0 else (-odds).sigmoid()
+        assert float(loss.safe + loss.refusal) == pytest.approx(float(-torch.log1p(-wrong)), abs=2e-3)
 
 
 def test_drift_is_that_of_the_mixture(small: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
