@@ -1,4 +1,4 @@
-"""Time to first token and decoding speed with 100 soft vectors beside other ways to the same end.
+"""Time to first token and decoding speed with 100 soft vectors, and past a gate, beside other ways to the same end.
 
     python -m benchmarks.latency [--rounds 7] [--threads 2]
 
@@ -25,7 +25,7 @@ from softguard.models import BaseModel, load_base
 from softguard.system import SafeSystem
 
 PROMPT = "Explain in a few sentences why the sky is blue during the day and red in the evening."
-N_SOFT, TOKENS, GUARD_TOKENS = 100, 32, 256
+N_SOFT, GATE, TOKENS, GUARD_TOKENS = 100, 8, 32, 256
 
 Timed = tuple[float, float, int]  # seconds to the first token, seconds in all, tokens
 
@@ -65,6 +65,8 @@ def _sides(base: BaseModel) -> dict[str, Callable[[], Timed]]:
     chat = Chat(base.tokenizer, "start", base.stop_ids)
     vectors = initial_vectors(base, "soft_prompt", DEFAULT_INSTRUCTION, N_SOFT)
     alone, soft = Engine(base), Engine(base, Adapter("soft_prompt", {VECTORS: vectors}, "start", {}))
+    beside = {VECTORS: initial_vectors(base, "gate", DEFAULT_INSTRUCTION, GATE)}  # untrained: it refuses nothing
+    gated = Engine(base, Adapter("gate", beside, "start", {"refusal": SystemConfig.refusal}))
     guard = SafeSystem.from_config(SystemConfig())
     ids = torch.tensor([[*chat.prefix.before, *chat.prefix.after, *chat.encode(PROMPT)]])
     policy = " ".join([DEFAULT_INSTRUCTION] * 20)
@@ -105,6 +107,7 @@ def _sides(base: BaseModel) -> dict[str, Callable[[], Timed]]:
     return {
         "base alone": lambda: stream(alone, Turn("user", PROMPT)),
         f"softguard, {N_SOFT} vectors": lambda: stream(soft, Turn("user", PROMPT)),
+        f"softguard, gate of {GATE} vectors": lambda: stream(gated, Turn("user", PROMPT)),
         "peft generate": _peft(vectors, ids, base),
         f"text instruction of {N_SOFT} tokens": lambda: stream(alone, Turn("user", instruction + PROMPT)),
         "system, bundled prompt guard": after_prompt_guard,

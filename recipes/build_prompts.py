@@ -1,10 +1,11 @@
-"""The prompts the method is studied and the released adapters are trained on, many more than the package carries.
+"""The prompts the released adapters and the method's study are trained on, more kinds than the package carries.
 
     python recipes/build_prompts.py --data ../shared/data --out runs/prompts.jsonl
 
-They are the ones the bundled guard was fitted on (`build_guard.py`: the packaged train split, public requests and
-instructions, its bank of strong words in harmless and harmful acts), at most 400 characters long: none is nearly one of the
-evaluation prompts. Labels stand in the file to be counted; `teach` reads none, the guard says what it makes of each prompt.
+The packaged train split twice, and as many as `--others` of what else the bundled guard was fitted on (`build_guard.py`: public
+requests and instructions, its bank of strong words), at most 400 characters long: no prompt is nearly one of the evaluation
+prompts. Twice, because only the packaged harmful prompts have harmless neighbours. Labels stand in the file to be counted;
+`teach` reads none, the guard says what it makes of each prompt.
 """
 
 import argparse
@@ -12,24 +13,31 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from build_guard import Sources, guard_rows
+from build_guard import Sources, digest, guard_rows
 
 from softguard.files import write_text
+from softguard.prompts import read_prompts
 
-LONGEST = 400  # characters; longer ones are Dolly's with a text to read, and a step would be made of them
+LONGEST = 400  # characters; longer ones are instructions with a text to read, and a step would be made of them
 
 
 def main() -> None:
+    """Write the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the public JSONL files")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--others", type=int, default=2000, help="prompts beside the packaged ones")
     options = parser.parse_args()
+    packaged = [(prompt.text, prompt.label) for prompt in read_prompts("packaged:train")]
     rows, _ = guard_rows(Sources(options.data), {})
     labels = {row.prompt: "harmful" if row.harmful else "benign" for row in rows if row.harmful is not None}
-    kept = {prompt: label for prompt, label in labels.items() if len(prompt) <= LONGEST}
-    lines = [json.dumps({"prompt": prompt, "label": label}, ensure_ascii=False) for prompt, label in kept.items()]
+    own = {text for text, _ in packaged}
+    others = [(text, label) for text, label in labels.items() if text not in own and len(text) <= LONGEST]
+    others = sorted(others, key=lambda pair: digest(pair[0]))[: options.others]
+    chosen = [*packaged, *packaged, *others]
+    lines = [json.dumps({"prompt": prompt, "label": label}, ensure_ascii=False) for prompt, label in chosen]
     write_text(options.out, "".join(line + "\n" for line in lines))
-    print(f"{options.out}: {len(kept)} prompts, {dict(Counter(kept.values()))}, {len(labels) - len(kept)} longer ones left out")
+    print(f"{options.out}: {len(chosen)} prompts, {dict(Counter(label for _, label in chosen))}")
 
 
 if __name__ == "__main__":
