@@ -82,7 +82,7 @@ class DistilConfig:
     objective: str = "tv"
     length: Literal["sum", "mean"] = "sum"  # log-probabilities summed (calibrated) or averaged over tokens
     slot: Literal["start", "system"] = "start"
-    n_soft: int = 24
+    n_soft: int = 8
     init_text: str = DEFAULT_INSTRUCTION  # what a prompt or prefix starts from, and the whole of a text
     budget: int = 57_600  # numbers a lora may train; its rank and targets come as near as they can
     depth: float = 0.5  # of the layer a steering vector is added to, as a share of all layers

@@ -114,7 +114,7 @@ def test_a_grid_without_cells_is_refused(tmp_path: Path) -> None:
 # Recipes ----------------------------------------------------------------------------------------------------------------
 
 
-MAIN = [("paper.yaml", "soft_prompt", 100), ("study-small.yaml", "kv_prefix", 24), ("method.yaml", "kv_prefix", 24)]
+MAIN = [("paper.yaml", "soft_prompt", 100), ("study-small.yaml", "kv_prefix", 24), ("method.yaml", "kv_prefix", 8)]
 
 
 @pytest.mark.parametrize(("name", "adapter", "length"), MAIN)
