@@ -33,7 +33,8 @@ class Gate:
 
     base: BaseModel
     closing: tuple[int, ...]  # the template's tokens between the user's text and the response
-    keys_values: list[tuple[Tensor, Tensor]]  # by layer, (key heads, n_soft, width) float32 each, keys unturned
+    keys: Tensor  # (layers, key heads, n_soft, width) float32, unturned
+    values: Tensor  # likewise
     refusal: tuple[int, ...]  # y_r, the end-of-turn token included
 
     @classmethod
@@ -45,23 +46,24 @@ class Gate:
         if not chat.closing:
             raise SoftguardError("the chat template has no tokens between user and response; use distil.adapter=kv_prefix")
         heads, width = base.key_heads
-        layers = adapter.vectors.view(len(adapter.vectors), -1, 2, heads, width).permute(1, 2, 3, 0, 4)
-        return cls(
-            base, chat.closing, [(pair[0], pair[1]) for pair in layers], tuple(chat.encode_response(adapter.facts["refusal"]))
-        )
-
-    def turned(self, before: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """By layer, keys and values (rows, key heads, n_soft, width), keys stand right before positions `before` (rows,)."""
-        positions = before[:, None] + torch.arange(-self.n_soft, 0, device=before.device)
-        turn = turns(self.base.model.get_decoder(), self.keys_values[0][0], positions)
-        dtype, rows = self.base.model.dtype, len(before)
-        pairs = ((turned(keys[None], *turn), values[None]) for keys, values in self.keys_values)
-        return [(k.to(dtype).expand(rows, -1, -1, -1), v.to(dtype).expand(rows, -1, -1, -1)) for k, v in pairs]
+        keys, values = adapter.vectors.view(len(adapter.vectors), -1, 2, heads, width).permute(2, 1, 3, 0, 4)
+        return cls(base, chat.closing, keys, values, tuple(chat.encode_response(adapter.facts["refusal"])))
 
     @property
     def n_soft(self) -> int:
         """Positions it has."""
-        return self.keys_values[0][0].shape[1]
+        return self.keys.shape[2]
+
+    def turned(self, before: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """By layer, keys and values (rows, key heads, n_soft, width); keys stand right before positions `before` (rows,)."""
+        positions = before[:, None] + torch.arange(-self.n_soft, 0, device=before.device)
+        cos, sin = turns(self.base.model.get_decoder(), self.keys, positions)
+        keys, values = (
+            turned(self.keys[:, None], cos, sin),
+            self.values[:, None],
+        )  # (layers, rows or 1, key heads, n_soft, width)
+        both = (x.to(self.base.model.dtype).expand(-1, len(before), -1, -1, -1) for x in (keys, values))
+        return list(zip(*both, strict=True))
 
     def hidden(self, cache: Any, mask: Tensor, positions: Tensor) -> Tensor:
         """Last hidden states, (rows, hidden), at the end of a closing that follows `cache` and sees the gate.

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
 from softguard import frozen
 from softguard.adapters import VECTORS, Adapter
@@ -92,6 +92,31 @@ def test_rows_pass_the_gate_and_go_on_as_the_bases(
     assert after.gated is None
     for i, row in enumerate(rows):
         torch.testing.assert_close(after.hidden[i], whole_row(small, prefix, [*row, 7 + 10 * i])[-1], rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_model_without_rotary_positions_has_its_keys_as_they_are(small: BaseModel) -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=49152, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, word_embed_proj_dim=64, init_std=0.1,
+    )  # fmt: skip
+    base = replace(small, model=OPTForCausalLM(config).eval())
+    chat = Chat(base.tokenizer, "start", base.stop_ids)
+    adapter = gate_adapter(base)
+    rows = [chat.encode(text) for text in ROWS]
+    output, _ = make_resident(base, chat, adapter, Gate.of(base, chat, adapter)).begin(rows, 2)
+    assert output.gated is not None
+    heads, width = base.key_heads
+    vectors = adapter.vectors.view(len(adapter.vectors), -1, 2, heads, width)
+    for row, hidden in zip(rows, output.gated, strict=True):
+        before, cache = [*chat.prefix.after, *row[: -len(chat.closing)]], DynamicCache()
+        base.model.get_decoder()(torch.tensor([before]), past_key_values=cache)
+        for layer in range(2):
+            cache.update(*(vectors[:, layer, part].transpose(0, 1)[None] for part in (0, 1)), layer)
+        positions = len(before) + torch.arange(len(chat.closing))
+        alone = base.model.get_decoder()(torch.tensor([chat.closing]), past_key_values=cache, position_ids=positions[None])
+        torch.testing.assert_close(hidden, alone.last_hidden_state[0, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_training_sees_the_log_odds_of_the_pass_and_reaches_every_key_and_value(small: BaseModel, chat: Chat) -> None:
