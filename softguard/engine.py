@@ -155,14 +155,19 @@ class Engine:
 def _refused(log_odds: Tensor, draws: Tensor | None) -> tuple[set[int], Tensor | None]:
     """Rows a gate refuses, and the uniform numbers (rows, tokens) that are left for the others.
 
-    Of the first number u < g refuses, as likely as g; (u − g)/(1 − g) is then uniform again. Without draws g ≥ ½ does.
+    Of the first number u < g refuses, as likely as g; (u − g)/(1 − g) is then uniform again. Without draws g ≥ ½ does. What is
+    no number refuses.
     """
     g = log_odds.sigmoid().cpu()
     if draws is None:
-        return set((g >= 0.5).nonzero().flatten().tolist()), None
+        return _indices(~(g < 0.5)), None
     first = draws[:, 0]
     rest = ((first - g) / (1 - g)).clamp(0, 1 - 2**-24)
-    return set((first < g).nonzero().flatten().tolist()), torch.cat([rest[:, None], draws[:, 1:]], dim=1)
+    return _indices(~(first >= g)), torch.cat([rest[:, None], draws[:, 1:]], dim=1)
+
+
+def _indices(true: Tensor) -> set[int]:
+    return set(true.nonzero().flatten().tolist())
 
 
 def _streams(prompts: Sequence[str], length: int, seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:

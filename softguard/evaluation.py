@@ -241,7 +241,7 @@ class _Run:
             make = partial(likeliest, engine.base, engine.chat, prefix, suite.prompts, suite.choices)
             chosen = self._kept(name, suite, [list(choices) for choices in suite.choices], make)
             if engine.gate is not None:
-                refused = (engine.log_odds(suite.prompts) >= 0).tolist()
+                refused = (~(engine.log_odds(suite.prompts) < 0)).tolist()
                 chosen = [-1 if no else i for i, no in zip(chosen, refused, strict=True)]
             right[name] = [a == b for a, b in zip(chosen, suite.right, strict=True)]
             if name == "base":

@@ -57,13 +57,9 @@ class Gate:
     def turned(self, before: Tensor) -> list[tuple[Tensor, Tensor]]:
         """By layer, keys and values (rows, key heads, n_soft, width); keys stand right before positions `before` (rows,)."""
         positions = before[:, None] + torch.arange(-self.n_soft, 0, device=before.device)
-        cos, sin = turns(self.base.model.get_decoder(), self.keys, positions)
-        keys, values = (
-            turned(self.keys[:, None], cos, sin),
-            self.values[:, None],
-        )  # (layers, rows or 1, key heads, n_soft, width)
-        both = (x.to(self.base.model.dtype).expand(-1, len(before), -1, -1, -1) for x in (keys, values))
-        return list(zip(*both, strict=True))
+        keys = turned(self.keys[:, None], *turns(self.base.model.get_decoder(), self.keys, positions))
+        rows = (x.to(self.base.model.dtype).expand(-1, len(before), -1, -1, -1) for x in (keys, self.values[:, None]))
+        return list(zip(*rows, strict=True))
 
     def hidden(self, cache: Any, mask: Tensor, positions: Tensor) -> Tensor:
         """Last hidden states, (rows, hidden), at the end of a closing that follows `cache` and sees the gate.

@@ -169,6 +169,12 @@ def test_drawn_answers_follow_the_mixture() -> None:
     assert (shares - 0.1).abs().max() < 1e-2
 
 
+def test_what_is_no_number_refuses() -> None:
+    odds = torch.tensor([torch.nan, -5.0])
+    assert _refused(odds, None)[0] == {0}
+    assert _refused(odds, torch.full((2, 3), 0.9))[0] == {0}
+
+
 def test_the_loss_is_the_divergence_of_the_mixtures() -> None:
     """A law of three answers, the refusal none of them: TV and KL by enumeration."""
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
