@@ -54,7 +54,8 @@ def main() -> None:
 
 def package(trained: Path, out: Path) -> None:
     """Copy a gate's files; the seal comes last, so that a half-copied adapter is refused."""
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # files of an adapter of another kind among them
+    out.mkdir(parents=True)
     for name in ("adapter_model.safetensors", "softguard.json"):
         shutil.copyfile(trained / name, out / name)
 
