@@ -104,7 +104,7 @@ class _Answers:
 
     all: list[Example]
     fingerprint: str = ""
-    manifest: Mapping[str, list[str]] = field(default_factory=lambda: {"refusals": ["No."]})
+    manifest: Mapping[str, list[str]] = field(default_factory=lambda: {"guard": ["none"], "refusals": ["No."]})
 
     def examples(self, split: str, indices: list[int]) -> list[Example]:
         return [self.all[i] for i in indices]

@@ -90,7 +90,7 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        fast = device != "cpu" or torch.cpu._is_amx_tile_supported()
+        fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()  # as all with AMX are, too
         dtype = "bfloat16" if fast else "float32"
     if dtype not in DTYPES:
         raise SoftguardError(f"dtype {dtype!r} is unknown; use one of auto, {', '.join(DTYPES)}")
