@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python recipes/build_guard.py --data ../shared/data
 
 About fifteen minutes on one thread. Reads the public data of `--data` and the project's own
-`softguard/data/prompts.jsonl` (its train split to fit, its validation split to calibrate, its test split to measure),
+`softguard/data/prompts` (its train split to fit, its validation split to calibrate, its test split to measure),
 and writes `softguard/data/guard` and `softguard/data/judge`: a second run with the same thread count writes the same
 bytes. `--only judge` (or guard) builds one of the two.
 
@@ -31,6 +31,7 @@ from softguard.guards import prompt_safety, response_safety
 from softguard.guards.encoder import EncoderGuard
 from softguard.guards.fit import Row, fit
 from softguard.judges import Judge, ResponseJudge, is_refusal
+from softguard.prompts import SUITES
 
 PACKAGE_DATA = Path(__file__).parent.parent / "softguard" / "data"
 NEAR = 0.6  # Jaccard index of character 4-grams above which two prompts count as the same
@@ -52,13 +53,17 @@ class Sources:
     used: dict[str, Json] = field(default_factory=dict)
 
     def read(self, name: str) -> list[Json]:
-        path = PACKAGE_DATA / "prompts.jsonl" if name == "packaged prompts" else self.folder / f"{name}.jsonl"
+        path = (PACKAGE_DATA if name.startswith("prompts/") else self.folder) / f"{name}.jsonl"
         if not path.is_file():
             sys.exit(f"build_guard: {path} is missing; give the folder of public data with --data")
         blob = path.read_bytes()
         rows: list[Json] = [json.loads(line) for line in blob.decode().split("\n") if line.strip()]
-        self.used[name] = {"file": path.name, "rows": len(rows), "sha256": hashlib.sha256(blob).hexdigest()}
+        self.used[name] = {"file": f"{name}.jsonl", "rows": len(rows), "sha256": hashlib.sha256(blob).hexdigest()}
         return rows
+
+    def packaged(self) -> list[Json]:
+        """The project's own prompts, all splits."""
+        return [row for suite in SUITES for row in self.read(f"prompts/{suite}")]
 
 
 def normal(prompt: str) -> str:
@@ -363,7 +368,7 @@ def for_guard(question: str) -> bool:
 def guard_rows(sources: Sources, report: Json) -> tuple[list[Row], list[Row]]:
     """Training and validation rows of the guard."""
     rng = np.random.default_rng(SEED)
-    packaged = sources.read("packaged prompts")
+    packaged = sources.packaged()
     ibm = sources.read("prompts_ibm_train")
     red = sources.read("prompts_red_instruct")
     answered = [row for name in ("prompts_dolly", "prompts_alpaca_demo", "prompts_self_instruct") for row in sources.read(name)]
@@ -452,7 +457,7 @@ def build_guard(sources: Sources, settings: GuardConfig, told: Callable[[str], N
 def guard_figures(guard: EncoderGuard, sources: Sources) -> list[tuple[str, Figure]]:
     """Everything measured on data that had no part in fitting or calibration."""
     figures: list[tuple[str, Figure]] = []
-    test = [row for row in sources.read("packaged prompts") if row["split"] == "test"]
+    test = [row for row in sources.packaged() if row["split"] == "test"]
     xstest, harmbench = sources.read("eval_xstest"), sources.read("eval_harmbench")
     for data, rows in (("packaged test", test), ("XSTest", xstest), ("IBM test", sources.read("prompts_ibm_test"))):
         safe = prompt_safety(guard, [row["prompt"] for row in rows])

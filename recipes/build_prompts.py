@@ -35,7 +35,7 @@ def main() -> None:
     labels = {row.prompt: "harmful" if row.harmful else "benign" for row in rows if row.harmful is not None}
     own = {text for text, _ in packaged}
     others = [(text, label) for text, label in labels.items() if text not in own and len(text) <= LONGEST]
-    found = {row["prompt"] for name in tuple(sources.used) if name != "packaged prompts" for row in sources.read(name)}
+    found = {row["prompt"] for name in tuple(sources.used) if not name.startswith("prompts/") for row in sources.read(name)}
     public = sorted((pair for pair in others if pair[0] in found), key=lambda pair: digest(pair[0]))
     bank = [pair for pair in others if pair[0] not in found]
     chosen = [*packaged, *packaged, *bank, *public[: options.public]]

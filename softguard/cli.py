@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--ray-address", metavar="ADDRESS", help="Ray cluster that takes cells: HOST:PORT, auto or local")
     study.add_argument("--report", type=Path, metavar="FOLDER", help="run nothing; write figures and tables to this folder")
     study.add_argument("--page", type=Path, help="the page about them (default FOLDER/study.md)")
+    also = "cells.parquet of a run elsewhere, to join in the report"
+    study.add_argument("--also", type=Path, action="append", default=[], metavar="TABLE", help=also)
 
     chat = _command(commands, "chat", _chat, "talk to the base with the adapter; an empty line ends the conversation")
     chat.add_argument(
@@ -218,8 +220,9 @@ def _study(options: argparse.Namespace) -> None:
         raise SoftguardError(f"--workers is {options.workers}; it must be at least 1")
     if options.ray_address and options.workers > 1:
         raise SoftguardError("--workers counts processes of this machine; leave it out with --ray-address")
-    if options.page and not options.report:
-        raise SoftguardError("--page is the page of a report; give --report FOLDER too")
+    for name in ("page", "also"):
+        if getattr(options, name) and not options.report:
+            raise SoftguardError(f"--{name} belongs to a report; give --report FOLDER too")
     grid = load_grid(options.recipe, options.overrides)
     if options.dry_run:
         from softguard.study.plan import study_plan
@@ -229,7 +232,7 @@ def _study(options: argparse.Namespace) -> None:
         from softguard.report.study import write_study
 
         page = options.page or options.report / "study.md"
-        write_study(options.out / NAME, grid.pareto, options.report, page)
+        write_study([options.out / NAME, *options.also], grid.pareto, options.report, page)
         print(f"written to {options.report} and {page}")
     else:
         print(

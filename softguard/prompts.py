@@ -13,6 +13,7 @@ import numpy as np
 from softguard.errors import SoftguardError
 
 PACKAGED = "packaged"
+SUITES = ("harmful", "contrast", "everyday")  # of the packaged prompts, a file each
 T = TypeVar("T")
 
 
@@ -90,16 +91,15 @@ def _packaged(source: str, limit: int) -> Iterator[tuple[str, Mapping[str, Any]]
     split = source.partition(":")[2]
     if split not in ("train", "validation", "test"):
         raise SoftguardError(f"{source!r}: split {split!r} is unknown; use packaged:train, :validation or :test")
-    path = Path(str(resources.files("softguard") / "data" / "prompts.jsonl"))
-    rows = [(where, row) for where, row in _file(path) if row["split"] == split]
-    if not limit or limit >= len(rows):
-        return iter(rows)
-    # Every suite apart, so that each keeps its proportion; what rounding leaves over goes to the first.
-    suites = {suite: [r for r in rows if r[1]["suite"] == suite] for suite in dict.fromkeys(r[1]["suite"] for r in rows)}
-    shares = {suite: limit * len(own) // len(rows) for suite, own in suites.items()}
-    shares[next(iter(shares))] += limit - sum(shares.values())
-    kept = {where for suite, own in suites.items() if shares[suite] for where, _ in thin(own, shares[suite])}
-    return iter([r for r in rows if r[0] in kept])
+    folder = Path(str(resources.files("softguard") / "data" / "prompts"))
+    suites = {suite: [r for r in _file(folder / f"{suite}.jsonl") if r[1]["split"] == split] for suite in SUITES}
+    total = sum(map(len, suites.values()))
+    if limit and limit < total:
+        # Every suite keeps its proportion; what rounding leaves over goes to the first.
+        shares = {suite: limit * len(own) // total for suite, own in suites.items()}
+        shares[SUITES[0]] += limit - sum(shares.values())
+        suites = {suite: thin(own, shares[suite]) if shares[suite] else [] for suite, own in suites.items()}
+    return (row for own in suites.values() for row in own)
 
 
 def _file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -20,8 +20,10 @@ HAZARDS = {
     *("violent_crimes", "nonviolent_crimes", "sex_crimes", "child_exploitation", "defamation", "specialized_advice"),
     *("privacy", "intellectual_property", "indiscriminate_weapons", "hate", "suicide_self_harm", "sexual_content", "elections"),
 }
-PATH = Path(__file__).parents[1] / "softguard" / "data" / "prompts.jsonl"
-ROWS: list[Row] = [json.loads(line) for line in PATH.read_text(encoding="utf-8").splitlines()]
+FOLDER = Path(__file__).parents[1] / "softguard" / "data" / "prompts"
+ROWS: list[Row] = [
+    json.loads(line) for s in SUITES for line in (FOLDER / f"{s}.jsonl").read_text(encoding="utf-8").splitlines()
+]
 
 
 def of(suite: str, split: str | None = None) -> list[Row]:

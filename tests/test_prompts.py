@@ -229,7 +229,9 @@ def test_packaged_prompts_thinned_keep_suites_and_topics_in_proportion(split: st
 
 
 def test_packaged_splits_are_whole_without_a_limit() -> None:
-    rows = [json.loads(line) for line in (Path(__file__).parents[1] / "softguard/data/prompts.jsonl").open(encoding="utf-8")]
+    folder = Path(__file__).parents[1] / "softguard" / "data" / "prompts"
+    files = [folder / f"{suite}.jsonl" for suite in ("harmful", "contrast", "everyday")]
+    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     for split in ("train", "validation", "test"):
         assert [p.text for p in read(f"packaged:{split}")] == [row["prompt"] for row in rows if row["split"] == split]
     assert [p.text for p in packaged_suite("contrast", "test")] == [

@@ -14,7 +14,7 @@ from softguard.report.exhibits import EXHIBITS, Line, lines_of, published, with_
 from softguard.report.study import write_study
 from softguard.report.svg import Curve, Dot, Point, curves, dots, plane
 from softguard.report.tradeoffs import comparisons, front, standings
-from softguard.study.table import SCHEMA
+from softguard.study.table import SCHEMA, join_tables, read_table
 
 HARMBENCH = next(exhibit for exhibit in EXHIBITS if exhibit.name == "harmbench")
 NOTHING: dict[str, float] = {"token_tv": 0.1, "refuses": 0.5, "over_refuses": 0.0}
@@ -50,7 +50,8 @@ def cell(row: str, seed: int, safe: int, over: int, right: int, rate: float = 0.
     ]
     return {
         "base": "tiny <model>", "row": row, "adapter": "kv_prefix", "objective": "tv", "n_soft": 4, "learning_rate": rate,
-        "seed": seed, "chosen": chosen, "recipe": "", "guard": "the-guard", "judge": "the-judge", "steps": 2, "log": log,
+        "seed": seed, "chosen": chosen, "recipe": "", "corpus": "drawn", "guard": "the-guard", "judge": "the-judge",
+        "steps": 2, "log": log,
         "validation_loss": rate, "parameters": 64, "metrics": metrics if chosen else None, "cost": times, "train_seconds": 3.0,
         "flops_per_token": {"base": 1e9, "safe_system": 3e9, "distilled": 2e9},
     }  # fmt: skip
@@ -123,7 +124,7 @@ def test_suites_that_are_not_counted_are_left_out() -> None:
 
 def written(tmp_path: Path, rows: list[dict[str, Any]], suites: tuple[str, ...] = ()) -> tuple[Path, str]:
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "cells.parquet")
-    write_study(tmp_path / "cells.parquet", suites, tmp_path / "results", tmp_path / "docs" / "study.md")
+    write_study([tmp_path / "cells.parquet"], suites, tmp_path / "results", tmp_path / "docs" / "study.md")
     return tmp_path / "results", (tmp_path / "docs" / "study.md").read_text(encoding="utf-8")
 
 
@@ -138,10 +139,24 @@ def test_the_page_shows_ours_beside_the_published_and_every_figure_it_names_is_t
     assert len(figures) == len(EXHIBITS) - 4 + 2 + 3  # what neither the paper nor this table has
     for figure in figures:
         ElementTree.parse(tmp_path / "docs" / figure)
-    assert (folder / "cells.parquet").read_bytes() == (tmp_path / "cells.parquet").read_bytes()
+    assert read_table(folder / "cells.parquet") == read_table(tmp_path / "cells.parquet")
     with (folder / "exhibits.csv").open() as file:
         assert tuple(next(csv.reader(file))) == Line._fields
     assert len((folder / "tests.csv").read_text().splitlines()) == 1 + 3 * 6
+
+
+def test_cells_of_several_runs_are_joined_and_those_of_other_questions_refused(tmp_path: Path) -> None:
+    here, there, out = tmp_path / "here.parquet", tmp_path / "there.parquet", tmp_path / "out.parquet"
+    asked = {"evaluation": "the same"}
+    again = {**cell("good", 0, safe=0, over=0, right=0), **asked}
+    pq.write_table(pa.Table.from_pylist([{**row, **asked} for row in ROWS[:3]], SCHEMA), here)
+    pq.write_table(pa.Table.from_pylist([again, {**ROWS[3], **asked}], SCHEMA), there)
+    rows = join_tables([here, there], out)
+    assert read_table(out) == rows == [*read_table(here), read_table(there)[1]]
+    pq.write_table(pa.Table.from_pylist([{**ROWS[3], "evaluation": "another"}], SCHEMA), there)
+    with pytest.raises(SoftguardError, match=r"there\.parquet measured tiny <model> by other suites"):
+        join_tables([here, there], out)
+    assert read_table(out) == rows
 
 
 def test_a_table_without_figures_or_suite_is_refused(tmp_path: Path) -> None:

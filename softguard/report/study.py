@@ -3,20 +3,18 @@
 import csv
 import io
 import os
-import shutil
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from softguard.errors import SoftguardError
-from softguard.files import write_file, write_text
+from softguard.files import write_text
 from softguard.report.exhibits import EXHIBITS, SOURCE, Exhibit, Line, Row, by_method, lines_of, with_methods
 from softguard.report.svg import Curve, Dot, Point, curves, dots, plane
 from softguard.report.tradeoffs import AXES, Comparison, Member, comparisons, front, standings
-from softguard.study.table import read_table
+from softguard.study.table import NAME, join_tables
 
 _WORDS = {"safety": "safe answers", "over_refusal": "refusals of harmless prompts", "accuracy": "right answers"}
 _SHARES = ("harmbench", "best-rate", "trained-kind", "jailbreak", "judge", "over-refusal", "mmlu", "reasoning")  # of 100 %
@@ -35,20 +33,19 @@ class _Made(NamedTuple):
     text: list[str]
 
 
-def write_study(table: Path, suites: Sequence[str], folder: Path, page: Path) -> None:
-    """Write figures (SVG), tables (CSV) and a copy of the Parquet table to `folder`, and `page` in Markdown.
+def write_study(tables: Sequence[Path], suites: Sequence[str], folder: Path, page: Path) -> None:
+    """Write figures (SVG), tables (CSV) and all cells as one Parquet table to `folder`, and `page` in Markdown.
 
-    `suites`: those the Pareto sets count; none counts all. Raises SoftguardError if no cell is measured, or a suite was not.
+    `tables`: of one run of the study, or of several that are joined. `suites`: those the Pareto sets count; none counts all.
+    Raises SoftguardError if no cell is measured, or a suite was not, or the tables do not belong together.
     """
-    rows = with_methods(read_table(table))
+    rows = with_methods(join_tables(tables, folder / NAME))
     measured = [row for row in rows if row["metrics"] is not None]
     if not measured:
-        raise SoftguardError(f"{table} has no measured cell yet; run the study further")
+        raise SoftguardError(f"{tables[0]} has no measured cell yet; run the study further")
     known = {m["suite"] for row in measured for m in row["metrics"]}
     if missing := [suite for suite in suites if suite not in known]:
         raise SoftguardError(f"study.pareto names {missing[0]}, which was not measured; use some of {', '.join(sorted(known))}")
-    if table.resolve() != (folder / table.name).resolve():
-        write_file(folder / table.name, partial(shutil.copyfile, table))
     found = {exhibit: lines_of(exhibit, measured) for exhibit in EXHIBITS}
     write_text(folder / "exhibits.csv", _csv(Line._fields, (line for lines in found.values() for line in lines)))
     standing = standings(measured, suites)
@@ -80,7 +77,8 @@ def _head(rows: Sequence[Row], suites: Sequence[str], where: str) -> list[str]:
         "",
         f"Written by `softguard study RECIPE --out … --report …` from [cells.parquet]({where}/cells.parquet), a row a cell. "
         f"Bases: {_listed(row['base'] for row in rows)}. Guard: {_listed(row['guard'] for row in rows)}. Judge: "
-        f"{_listed(row['judge'] for row in rows)}. Seeds: {', '.join(map(str, seeds))}.",
+        f"{_listed(row['judge'] for row in rows)}. Seeds: {', '.join(map(str, seeds))}. Corpora drawn: "
+        f"{_listed(row['corpus'] for row in rows)}.",
         "",
         "Ours: mean over seeds, with the outermost ends of the seeds' 95 % intervals over prompts and, of several seeds, the "
         f"least and the most. Published: {SOURCE}. They are of other models, guard and judge unless the names agree: compare "

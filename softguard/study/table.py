@@ -1,7 +1,7 @@
 """One Parquet table of a study: a row a cell, in the order of the grid."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,27 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         raise SoftguardError(f"{path} lacks column {missing[0]}: another softguard wrote it; run the study again")
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
+
+
+def join_tables(paths: Sequence[Path], out: Path) -> list[dict[str, Any]]:
+    """Write the cells of several runs of a study to `out`, such as of several machines, and return them.
+
+    A cell that several have is the first's. Raises SoftguardError as `read_table` does, or if two runs asked a base's cells
+    different things.
+    """
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    asked: dict[str, tuple[str, Path]] = {}
+    for path in paths:
+        for row in read_table(path):
+            evaluation, first = asked.setdefault(row["base"], (row["evaluation"], path)) if row["evaluation"] else ("", path)
+            if row["evaluation"] and row["evaluation"] != evaluation:
+                raise SoftguardError(
+                    f"{path} measured {row['base']} by other suites or settings than {first}; join runs of one recipe"
+                )
+            cells.setdefault(tuple(row[key] for key in ("base", "row", "n_soft", "learning_rate", "seed")), row)
+    table = pa.Table.from_pylist(list(cells.values()), SCHEMA)
+    write_file(out, partial(pq.write_table, table, compression="zstd"))
+    return list(cells.values())
 
 
 def _rows(arm: Arm, evaluation: str, out: Path) -> list[dict[str, Any]]:
