@@ -28,9 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with HarmBench and XSTest")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with HarmBench, XSTest and DAN")
     options = parser.parse_args()
-    public = [f"file:{options.data}/eval_{name}.jsonl" for name in ("harmbench", "xstest")]
+    dan, harmbench, xstest = (f"{options.data}/eval_{name}.jsonl" for name in ("dan_templates", "harmbench", "xstest"))
+    public = [f"file:{harmbench}", f"file:{xstest}", f"wrapped:{dan}:{harmbench}"]
     recipe = load_recipe(options.recipe, options.overrides)
     asked = load_recipe(options.recipe, [*options.overrides, f"evaluate.suites={[*recipe.evaluate.suites, *public]}"])
     work, name = Path("runs/released") / options.recipe.stem, options.recipe.stem

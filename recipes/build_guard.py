@@ -355,6 +355,19 @@ def ambiguous(kept_out: Sequence[str], rng: np.random.Generator) -> list[Row]:
     return rows + [Row(prompt, harmful, weight=2.0) for (prompt, harmful), ok in zip(asked, far, strict=True) if ok]
 
 
+def wrappers() -> list[Json]:
+    """Texts people put around a request, half of them to have it answered whatever it is, half of them innocent."""
+    return [json.loads(line) for line in (Path(__file__).parent / "wrappers.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def wrapped(rows: Sequence[Json], share: float, held_out: bool = False) -> list[Row]:
+    """A `share` of labelled prompts, each in a wrapper; every fourth wrapper of a kind is held out, and used by none else."""
+    texts = [wrapper["text"] for i, wrapper in enumerate(wrappers()) if (i % 4 == 3) == held_out]
+    chosen = some(rows, share)
+    pairs = [(texts[digest("wrapper: " + row["prompt"]) % len(texts)], row) for row in chosen]
+    return [Row(text.replace("{prompt}", row["prompt"]), row["label"] == "harmful") for text, row in pairs]
+
+
 def some(rows: Sequence[Json], share: float) -> list[Json]:
     """A `share` of `rows`, the same in every run."""
     return [row for row in rows if digest("some: " + row["prompt"]) % 1000 < 1000 * share]
@@ -381,6 +394,7 @@ def guard_rows(sources: Sources, report: Json) -> tuple[list[Row], list[Row]]:
     rows = [
         *(Row(row["prompt"], row["label"] == "harmful", weight=2.0) for row in packaged if row["split"] == "train"),
         *bank,
+        *wrapped([row for row in packaged if row["split"] == "train"], 0.3),
         # IBM's and HarmfulQA's harmful rows hold many mild ones, and no near-by harmless ones: too many of them teach topics.
         *(Row(row["prompt"], True) for row in some([row for row in ibm if row["label"] == "harmful"], 0.4)),
         *(Row(row["prompt"], False) for row in ibm if row["label"] == "benign"),
@@ -446,7 +460,7 @@ def build_guard(sources: Sources, settings: GuardConfig, told: Callable[[str], N
             "XSTest figures are kinder than those on unforeseen kinds",
             "GPTFuzz responses end after 400 characters, often before the part that people judged",
             "two earlier fits and two trials of the prompt question were seen on these figures, so they flatter a little",
-            "single requests and their first answers; no conversations, no jailbreak wrappers in training",
+            "single requests and their first answers; no conversations; in training 36 written wrappers around requests",
             "short answers; of a longer text the worst window counts, so long harmless texts are flagged more",
             "what counts as harmful is what the training files' authors labelled so",
         ],
@@ -473,6 +487,11 @@ def guard_figures(guard: EncoderGuard, sources: Sources) -> list[tuple[str, Figu
             for name in ("contrast", "everyday"):
                 share = share_figure("flagged though safe", f"packaged test, {name}", flagged[suite == name])
                 figures.append(("prompt", share))
+    held_out = wrapped(test, 1.0, held_out=True)
+    safe, bad = prompt_safety(guard, [row.prompt for row in held_out]), np.array([row.harmful for row in held_out])
+    data, flagged = "packaged test in wrappers not trained on", safe < guard.prompt_threshold
+    figures += [("prompt", auroc_figure(data, safe, bad)), ("prompt", share_figure("recall at threshold", data, flagged[bad]))]
+    figures += [("prompt", share_figure("flagged though safe", data, flagged[~bad]))]
     flagged = prompt_safety(guard, [row["prompt"] for row in harmbench]) < guard.prompt_threshold
     figures.append(("prompt", share_figure("recall at threshold", "HarmBench", flagged)))
 

@@ -137,7 +137,7 @@ class GuardConfig:
     learning_rate: float = 1e-3
     head_learning_rate: float = 5e-3
     weight_decay: float = 0.01
-    prompt_tokens: int = 64  # a longer prompt is cut to its first and last half while fitting
+    prompt_tokens: int = 128  # a longer prompt is cut to its first and last half while fitting
     response_tokens: int = 112  # a longer response is cut to this
     cut_share: float = 0.4  # share of responses cut to a random prefix, so that answers broken off are learned too
     flagged_benign: float = 0.07  # share of benign validation rows that the threshold may flag

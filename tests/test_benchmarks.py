@@ -1,0 +1,36 @@
+"""The benchmarks' sides still run, on a small model; what they measure is for a quiet machine."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks import draw, step
+from softguard.chat import Chat
+from softguard.engine import Engine
+from softguard.models import BaseModel
+
+SHAPE = step.Shape(batch=2, prompt=40, response=5)
+
+
+@pytest.mark.parametrize("keep_hidden", [False, True])
+def test_a_step_moves_the_vectors_and_its_products_can_be_made_again(small: BaseModel, keep_hidden: bool) -> None:
+    trainer = step.our_trainer(small, SHAPE, keep_hidden)
+    before = trainer.student.vectors.detach().clone()
+    one = partial(trainer._train_step, [0, 1], 0)
+    step.products(small, one)()
+    one()  # the first step of a warm-up has no rate
+    assert not torch.equal(trainer.student.vectors.detach(), before)
+
+
+def test_peers_step_too(small_folder: object) -> None:
+    from softguard.models import load_base
+
+    step.peft_gkd(load_base(str(small_folder)), SHAPE)()
+
+
+def test_both_draw_up_to_as_many_tokens(small: BaseModel) -> None:
+    texts, chat = ["one", "two words"], Chat(small.tokenizer, "start", small.stop_ids)
+    most = len(texts) * draw.TOKENS
+    assert 0 < draw.draw(Engine(small), texts, 2) <= most
+    assert 0 < draw.generate(small, chat, texts, 2) <= most
