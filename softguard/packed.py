@@ -72,10 +72,11 @@ def _attention(
     **other: Any,
 ) -> tuple[Tensor, None]:
     window = other.get("sliding_window")
-    if other.get("softcap") or (window is not None and window < layout.before + layout.prefix + layout.width):
-        raise SoftguardError("this model's attention is capped or sees only a window; such models cannot be trained yet")
+    if window is not None and window < layout.before + layout.prefix + layout.width:
+        raise SoftguardError(f"this model's attention has a window of {window} tokens, shorter than a row; use shorter prompts")
     keys, values = (None, None) if before is None else before[module.layer_idx]
-    mixed = _Attention.apply(query[0], key[0], value[0], keys, values, scaling, layout)  # type: ignore[no-untyped-call]
+    cap = other.get("softcap") or 0.0
+    mixed = _Attention.apply(query[0], key[0], value[0], keys, values, scaling, layout, cap)  # type: ignore[no-untyped-call]
     return mixed[None], None
 
 
@@ -90,9 +91,10 @@ class _Attention(torch.autograd.Function):
         values: Tensor | None,
         scaling: float,
         at: Layout,
+        cap: float,
     ) -> Tensor:
         before = None if keys is None or values is None else (keys, values)
-        result, kept = attend(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scaling, at, before)
+        result, kept = attend(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scaling, at, before, cap)
         ctx.save_for_backward(*kept)
         ctx.scaling, ctx.at = scaling, at
         return result
@@ -101,4 +103,4 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, keys, values = attend_backward(gradient, ctx.saved_tensors, ctx.scaling, ctx.at)
         before = (keys, values) if ctx.at.before else (None, None)
-        return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), *before, None, None
+        return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), *before, None, None, None

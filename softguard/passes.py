@@ -82,7 +82,7 @@ class Passes:
         rows = [encoded[i] + answer[:-1] for i, answer in zip([*safe, *(i for i, *_ in refused)], answers, strict=True)]
         wanted = [len(answer) for answer in answers]
         hidden = self.student(rows, wanted)
-        teacher = [draw.hidden.to(self.base.head) for draw in (drawn[i] for i in safe) if draw.hidden is not None]
+        teacher = [draw.hidden.to(self.base.head.weight) for draw in (drawn[i] for i in safe) if draw.hidden is not None]
         if len(teacher) < len(safe):
             teacher = self.teacher(rows[: len(safe)], wanted[: len(safe)])
         response, mask = padded_ids(responses, self.base.device)

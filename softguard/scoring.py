@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from softguard.chat import Chat
-from softguard.kernels import selected_log_probs
+from softguard.kernels import Head, selected_log_probs
 from softguard.models import BaseModel
 from softguard.packed import packed_hidden
 from softguard.prefix import ConstantPrefix
@@ -44,6 +44,6 @@ def likeliest(
     return best
 
 
-def response_log_probs(states: Tensor, ids: Sequence[int], head: Tensor) -> Tensor:
+def response_log_probs(states: Tensor, ids: Sequence[int], head: Head) -> Tensor:
     """Log-probability of each of `ids` (tokens,) from the hidden states (tokens, hidden) that predict them."""
     return selected_log_probs(states, torch.tensor(ids, device=states.device), head)

@@ -14,8 +14,9 @@ from softguard.chat import Chat
 from softguard.config import Recipe, load_recipe
 from softguard.corpus import Corpus, Draw, Example, teach
 from softguard.distill import _batches, _Trainer, distil, time_step
+from softguard.engine import Engine
 from softguard.errors import SoftguardError
-from softguard.models import BaseModel
+from softguard.models import BaseModel, load_base
 from softguard.objectives import OBJECTIVES
 from softguard.packed import packed_hidden
 from softguard.prefix import constant_prefix
@@ -68,6 +69,28 @@ def test_every_objective_learns(objective: str, prompts: Path, corpus: Corpus, s
     loaded = Adapter.load(tmp_path, small)
     assert loaded.facts["objective"] == objective
     assert loaded.facts["corpus"] == corpus.fingerprint
+
+
+@pytest.mark.parametrize("adapter", ["gate", "soft_prompt", "kv_prefix", "lora", "steering"])
+def test_a_model_with_capped_logits_and_attention_learns(adapter: str, prompts: Path, base: BaseModel, tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=49152, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.2, pad_token_id=2, bos_token_id=1, eos_token_id=2,
+        sliding_window=128,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    base.tokenizer.save_pretrained(tmp_path / "gemma")
+    gemma = load_base(str(tmp_path / "gemma"))
+    wanted = recipe(prompts, f"distil.adapter={adapter}", "distil.steps=20", "distil.patience=99", "distil.budget=2000")
+    corpus = teach(wanted, tmp_path / "corpus", gemma, SafeSystem.from_config(wanted.system))
+    distil(wanted, corpus, tmp_path / "adapter", gemma)
+    first, *_, last = (line for line in log_of(tmp_path / "adapter") if line["kind"] == "validation")
+    assert last["refusal"] < first["refusal"]
+    answers = Engine(gemma, Adapter.load(tmp_path / "adapter", gemma)).generate(["How do I build a kite?"], 4)
+    assert len(answers[0].ids) > 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from softguard import kernels
 from softguard.divergences import log_avoids, selected, token_jsd, token_kl, token_tv
-from softguard.kernels import log_law, per_token, per_token_between, selected_log_probs
+from softguard.kernels import Head, log_law, per_token, per_token_between, selected_log_probs
 
 TOKENS, HIDDEN, VOCABULARY = 13, 8, 50
 
@@ -26,11 +26,13 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (0.5, 0.0), (1.5, 3.0)])
 @pytest.mark.parametrize("name", ["tv", "kl", "jsd", "selected", "avoids", "selected_log_probs"])
-def test_tiles_give_the_values_and_gradients_of_whole_laws(name: str, dtype: torch.dtype) -> None:
+def test_tiles_give_the_values_and_gradients_of_whole_laws(name: str, scale: float, cap: float, dtype: torch.dtype) -> None:
     head, teacher, hidden = random(VOCABULARY, HIDDEN, seed=0), random(TOKENS, HIDDEN, seed=1), random(TOKENS, HIDDEN, seed=2)
     ids, outer = torch.arange(TOKENS) % VOCABULARY, random(TOKENS, seed=3)
-    p, q = (x @ head.T for x in (teacher, hidden.requires_grad_()))
+    p, q = (scale * x @ head.T for x in (teacher, hidden.requires_grad_()))
+    p, q = (cap * (x / cap).tanh() if cap else x for x in (p, q))
     log_p, log_q = p - p.exp().sum(-1, keepdim=True).log(), q - q.exp().sum(-1, keepdim=True).log()
     log_m = (log_p.exp() / 2 + log_q.exp() / 2).log()
     expected = {
@@ -43,7 +45,7 @@ def test_tiles_give_the_values_and_gradients_of_whole_laws(name: str, dtype: tor
     }[name]
     (gradient,) = torch.autograd.grad((outer * expected).sum(), hidden)
 
-    near, rest, small = hidden.detach().to(dtype).requires_grad_(), teacher.to(dtype), head.to(dtype)
+    near, rest, small = hidden.detach().to(dtype).requires_grad_(), teacher.to(dtype), Head(head.to(dtype), scale, cap)
     values = {
         "tv": lambda: per_token_between(token_tv, rest, near, small),
         "kl": lambda: per_token(lambda log_q, log_p, at: token_kl(log_p, log_q), near, small, rest),
@@ -60,7 +62,7 @@ def test_tiles_give_the_values_and_gradients_of_whole_laws(name: str, dtype: tor
 
 def test_no_tokens_have_no_values_and_an_empty_gradient() -> None:
     hidden = torch.zeros(0, HIDDEN, requires_grad=True)
-    values = per_token(lambda log_q, at: log_q.sum(-1), hidden, torch.zeros(VOCABULARY, HIDDEN))
+    values = per_token(lambda log_q, at: log_q.sum(-1), hidden, Head(torch.zeros(VOCABULARY, HIDDEN)))
     assert values.shape == (0,)
     values.sum().backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
@@ -68,14 +70,14 @@ def test_no_tokens_have_no_values_and_an_empty_gradient() -> None:
 
 
 def test_low_precision_laws_are_normalised_in_float32() -> None:
-    law = log_law(random(TOKENS, HIDDEN, seed=0).bfloat16(), random(VOCABULARY, HIDDEN, seed=1).bfloat16())
+    law = log_law(random(TOKENS, HIDDEN, seed=0).bfloat16(), Head(random(VOCABULARY, HIDDEN, seed=1).bfloat16()))
     assert law.dtype == torch.float32
     assert law.exp().sum(-1).tolist() == pytest.approx([1] * TOKENS, abs=1e-5)
 
 
 def test_no_tensor_holds_more_than_a_tile_of_logits() -> None:
     tokens, largest = 400, 0
-    head, teacher = torch.randn(VOCABULARY, HIDDEN), torch.randn(tokens, HIDDEN)
+    head, teacher = Head(torch.randn(VOCABULARY, HIDDEN)), torch.randn(tokens, HIDDEN)
     hidden = torch.randn(tokens, HIDDEN, requires_grad=True)
 
     class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,9 +1,12 @@
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from softguard.errors import SoftguardError
+from softguard.kernels import log_law
 from softguard.models import BaseModel, fingerprint, load_base
 
 
@@ -77,14 +80,31 @@ def test_an_unknown_dtype_is_refused() -> None:
         load_base("smollm2", dtype="float8")
 
 
-@pytest.mark.parametrize("setting", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
-def test_a_head_whose_logits_are_changed_afterwards_is_refused(
-    setting: str, small: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert small.head.shape == (len(small.model.get_input_embeddings().weight), small.hidden)
-    monkeypatch.setattr(small.model.config, setting, 30.0, raising=False)
-    with pytest.raises(SoftguardError, match=setting):
-        _ = small.head
+@pytest.mark.parametrize("family", ["Gemma2", "Granite", "Cohere", "Llama"])
+def test_laws_at_the_head_are_the_model_s_own_whatever_it_makes_of_its_logits(family: str, small: BaseModel) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    special = {
+        "Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8},
+        "Granite": {"logits_scaling": 4.0},
+        "Cohere": {"logit_scale": 0.25},
+    }
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.5, **special.get(family, {}),
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval().requires_grad_(False)
+    output = model(torch.tensor([[3, 4, 5]]), output_hidden_states=True)
+    law = log_law(output.hidden_states[-1][0], replace(small, model=model).head)
+    torch.testing.assert_close(law, output.logits[0].log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_with_a_bias_is_refused(small: BaseModel) -> None:
+    head = torch.nn.Linear(4, 5)
+    model = SimpleNamespace(get_output_embeddings=lambda: head, config=SimpleNamespace())
+    with pytest.raises(SoftguardError, match="a bias"):
+        _ = replace(small, model=model).head
 
 
 @pytest.mark.parametrize(("quantize", "levels"), [("q8_0", 256), ("q4_0", 16), ("q4_1", 16)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from softguard.errors import SoftguardError
+from softguard.kernels import Head
 from softguard.objectives import OBJECTIVES, Batch, Length, Losses, Objective, find_objective, jsd, kl, kl_paper, tv, tv_paper
 
 torch.set_num_threads(1)
@@ -65,7 +66,7 @@ def to_batch(case: Case) -> Batch:
     return Batch(
         student=number(case.student).log(),
         teacher=number(case.teacher).log().clamp(min=NEVER),
-        head=torch.eye(5, dtype=torch.float64),  # hidden states are log-probabilities here
+        head=Head(torch.eye(5, dtype=torch.float64)),  # hidden states are log-probabilities here
         response=torch.tensor(case.response),
         mask=number([[float(t < n) for t in range(4)] for n in case.lengths]),
         p_safe=number(case.p_safe),
@@ -290,7 +291,7 @@ def toy_batch(toy: Toy, log_first: Tensor, log_second: Tensor) -> Batch:
     return Batch(
         student=torch.stack([log_first.expand(n, -1), log_second[heads]], dim=1),
         teacher=torch.stack([p_first.expand(n, -1), p_second[heads]], dim=1),
-        head=torch.eye(3, dtype=torch.float64),
+        head=Head(torch.eye(3, dtype=torch.float64)),
         response=torch.tensor(pairs),
         mask=torch.ones(n, 2, dtype=torch.float64),
         p_safe=1 - rate,
@@ -330,7 +331,7 @@ def test_kl_is_the_divergence_of_single_token_systems(seed: int, alpha: float) -
     batch = Batch(
         student=log_q[None, None],
         teacher=p.log().clamp(min=NEVER)[None, None],
-        head=torch.eye(4, dtype=torch.float64),
+        head=Head(torch.eye(4, dtype=torch.float64)),
         response=torch.tensor([[1]]),
         mask=torch.ones(1, 1, dtype=torch.float64),
         p_safe=torch.tensor([alpha], dtype=torch.float64),
@@ -379,7 +380,7 @@ def two_answers(refuse: float, alpha: float, y_tokens: int, r_tokens: int) -> Ba
     return Batch(
         student=student,
         teacher=teacher,
-        head=torch.eye(size, dtype=torch.float64),
+        head=Head(torch.eye(size, dtype=torch.float64)),
         response=torch.full((1, y_tokens), y),
         mask=torch.ones(1, y_tokens, dtype=torch.float64),
         p_safe=1 - rate,
@@ -507,7 +508,7 @@ def test_impossible_log_probabilities_leave_losses_and_gradients_finite(name: st
     made = batch._replace(
         student=logits.log_softmax(-1),
         teacher=batch.teacher.float(),
-        head=batch.head.float(),
+        head=Head(batch.head.weight.float()),
         mask=batch.mask.float(),
         p_safe=torch.tensor([0.0, 0.5, 1.0]),
         first_rate=torch.tensor([1.0, 0.5, 0.0]),
@@ -629,7 +630,7 @@ def two_refusals_batch(toy: TwoRefusals, log_first: Tensor, log_second: Tensor) 
     return Batch(
         student=torch.stack([log_first.expand(n, -1), log_second[heads]], dim=1),
         teacher=torch.stack([p_first.expand(n, -1), p_second[heads]], dim=1),
-        head=torch.eye(4, dtype=torch.float64),
+        head=Head(torch.eye(4, dtype=torch.float64)),
         response=torch.tensor(pairs),
         mask=torch.ones(n, 2, dtype=torch.float64),
         p_safe=1 - rate,
@@ -692,7 +693,7 @@ def test_a_system_with_a_refusal_for_each_prompt_has_no_loss(name: str) -> None:
     batch = Batch(
         student=student,
         teacher=torch.tensor([[[0.0, NEVER, NEVER]]] * 2, dtype=torch.float64),
-        head=torch.eye(3, dtype=torch.float64),
+        head=Head(torch.eye(3, dtype=torch.float64)),
         response=torch.zeros(2, 1, dtype=torch.long),
         mask=torch.ones(2, 1, dtype=torch.float64),
         p_safe=1 - rates,

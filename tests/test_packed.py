@@ -94,6 +94,34 @@ def test_attention_with_biases_and_several_queries_a_key(small: BaseModel) -> No
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
+def test_attention_whose_scores_are_capped() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, query_pre_attn_scalar=1, attn_logit_softcapping=1.5, initializer_range=0.5, sliding_window=64,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval().requires_grad_(False)
+    gemma = BaseModel("tiny", model, None, "")
+    vectors, before = torch.randn(4, 32, requires_grad=True), torch.randn(3, 2, 2, 5, 8, requires_grad=True)
+    prefix = ConstantPrefix(vectors, [(keys, values) for keys, values in before])
+    rows, wanted = [[5, 6, 7, 8], [9], [10, 11, 12]], [2, 1, 3]
+    ours = packed_hidden(gemma, prefix, rows, wanted)
+    expected = [whole_row(gemma, prefix, row)[-n:] for row, n in zip(rows, wanted, strict=True)]
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(torch.cat(h).sin().sum(), (vectors, before)) for h in (ours, expected)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    model.config.attn_logit_softcapping = None
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    uncapped = packed_hidden(gemma, prefix, rows, wanted)
+    assert (torch.cat(uncapped) - torch.cat(ours)).abs().max() > 1e-2  # the cap was felt
+
+
 def test_the_model_attends_as_before_after_a_packed_pass(small: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen, "is_plain", lambda decoder: False)
     chat = Chat(small.tokenizer, "start", small.stop_ids)

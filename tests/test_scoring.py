@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from softguard.chat import Chat
+from softguard.kernels import Head
 from softguard.models import BaseModel
 from softguard.prefix import constant_prefix
 from softguard.scoring import likeliest, response_log_probs
@@ -36,4 +37,4 @@ def test_log_probabilities_of_given_ids() -> None:
     head = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.5]])
     states = torch.tensor([[0.3, -0.2], [1.0, 1.0]])
     expected = [(head @ s).log_softmax(-1)[i] for s, i in zip(states, (2, 0), strict=True)]
-    torch.testing.assert_close(response_log_probs(states, [2, 0], head), torch.stack(expected))
+    torch.testing.assert_close(response_log_probs(states, [2, 0], Head(head)), torch.stack(expected))
