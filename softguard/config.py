@@ -67,7 +67,7 @@ class TeachConfig:
     limit: int = 0  # prompts at most; 0 takes all
     validation_limit: int = 0  # of the validation prompts, likewise
     responses: int = 1  # K, drawn for every prompt
-    max_new_tokens: int = 16
+    max_new_tokens: int = 16  # 0 draws none: a gate and a guard of prompts ask for none
     temperature: float = 1.0  # 1 draws from the base's own law, which the objectives assume; 0 is greedy
     batch_size: int = 64
     shard_size: int = 512  # prompts a Parquet shard, the unit of resumption
@@ -163,7 +163,7 @@ class Recipe:
             "distil.accumulate": d.accumulate, "distil.learning_rate": d.learning_rate, "distil.clip": d.clip,
             "distil.validate_every": d.validate_every, "distil.validation_prompts": d.validation_prompts,
             "distil.patience": d.patience, "distil.checkpoint_every": d.checkpoint_every,
-            "teach.responses": t.responses, "teach.max_new_tokens": t.max_new_tokens, "teach.batch_size": t.batch_size,
+            "teach.responses": t.responses, "teach.batch_size": t.batch_size,
             "teach.shard_size": t.shard_size, "evaluate.max_new_tokens": self.evaluate.max_new_tokens,
             "evaluate.batch_size": self.evaluate.batch_size, "guard.rank": self.guard.rank, "guard.epochs": self.guard.epochs,
             "guard.batch": self.guard.batch, "guard.learning_rate": self.guard.learning_rate,
@@ -174,7 +174,8 @@ class Recipe:
             if not 0 < value < math.inf:
                 raise SoftguardError(f"{key} is {value}; it must be greater than 0 and finite")
         not_negative: dict[str, float | None] = {
-            "teach.temperature": t.temperature, "teach.limit": t.limit, "evaluate.limit": self.evaluate.limit,
+            "teach.max_new_tokens": t.max_new_tokens, "teach.temperature": t.temperature, "teach.limit": t.limit,
+            "evaluate.limit": self.evaluate.limit,
             "distil.drift_weight": d.drift_weight, "distil.warmup": d.warmup, "distil.steps": d.steps,
             "distil.safe_weight": d.safe_weight, "distil.refusal_weight": d.refusal_weight,
             "model.threads": self.model.threads, "seed": self.seed, "teach.validation_limit": t.validation_limit,
@@ -183,6 +184,11 @@ class Recipe:
         for key, number in not_negative.items():
             if number is not None and not 0 <= number < math.inf:
                 raise SoftguardError(f"{key} is {number}; it must not be negative or infinite")
+        if not t.max_new_tokens and (d.adapter != "gate" or self.system.mode != "prompt"):
+            raise SoftguardError(
+                f"teach.max_new_tokens is 0, but distil.adapter is {d.adapter} and system.mode {self.system.mode}; only a gate "
+                "behind a guard in prompt mode is taught without responses"
+            )
         if d.accumulate > d.batch_size:
             raise SoftguardError(f"distil.accumulate is {d.accumulate}; it must not exceed distil.batch_size {d.batch_size}")
         shares = {

@@ -60,10 +60,15 @@ def distil(
     Every line of `out/log.jsonl` is also given to `progress`. `guard`: instead of the recipe's, for objectives that ask it
     while they train. Under `accelerate launch` every process takes a share of each batch. A text, and with distil.steps 0 any
     adapter, is saved as it starts.
-    Raises SoftguardError if the corpus is another model's, `out` holds another recipe's run, the guard fails, or the loss is no
-    longer finite.
+    Raises SoftguardError if the corpus is another model's or lacks the responses the adapter learns from, `out` holds another
+    recipe's run, the guard fails, or the loss is no longer finite.
     """
     corpus = Corpus.open(corpus.folder, base)
+    if recipe.distil.adapter != "gate" and not corpus.examples("train", [0])[0].responses[0].ids:
+        raise SoftguardError(
+            f"corpus {corpus.folder} holds no responses, which a {recipe.distil.adapter} learns from; teach again with "
+            "teach.max_new_tokens above 0"
+        )
     if recipe.distil.steps and recipe.distil.adapter != "text":
         return _Trainer(recipe, corpus, out, base, guard).run(progress)
     facts = {**_facts(recipe, corpus, base), "objective": "untrained", "steps": 0}

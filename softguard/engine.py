@@ -53,13 +53,16 @@ class Engine:
         progress: Callable[[int], None] = lambda done: None,
         keep_hidden: bool = False,
     ) -> list[Response]:
-        """Answer single-turn prompts, in their order; greedy at temperature 0.
+        """Answer single-turn prompts, in their order; greedy at temperature 0. No new tokens are empty answers, at once.
 
         Prompts of like length run together. Sampling draws each prompt's tokens from a stream of its own, seeded by `seed`,
         the prompt and how often it came before, so that a result does not depend on its neighbours.
         `progress` is told how many prompts each finished batch held. `keep_hidden` also returns last hidden states.
         Raises SoftguardError for a prompt that does not fit the model's context.
         """
+        if not max_new_tokens:
+            progress(len(prompts))
+            return [Response((), "")] * len(prompts)
         encoded = [self.chat.encode(prompt) for prompt in prompts]
         for number, ids in enumerate(encoded, 1):
             self._check_fits(len(ids), max_new_tokens, f"prompt {number}")

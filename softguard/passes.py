@@ -134,7 +134,7 @@ class Passes:
         """The same of a gate. Its TV to the base is at most g, at the first token, and nothing at the others."""
         refused = torch.tensor([e.refusal_rate > 0.5 for e in examples], device=log_odds.device)
         kept = ~refused
-        lengths = torch.tensor([len(e.responses[0].ids) for e in examples], device=log_odds.device)
+        lengths = torch.tensor([max(len(e.responses[0].ids), 1) for e in examples], device=log_odds.device)  # none was drawn: 1
         return Probe(
             float(log_odds.sigmoid()[kept].sum()),
             int(lengths[kept].sum()),

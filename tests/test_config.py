@@ -258,13 +258,13 @@ def test_override_below_a_value_of_the_file_is_told(tmp_path: Path) -> None:
 POSITIVE = [
     *(f"distil.{key}" for key in ("n_soft", "batch_size", "accumulate", "learning_rate", "clip", "validate_every")),
     *(f"distil.{key}" for key in ("validation_prompts", "patience", "checkpoint_every", "budget", "beta")),
-    *(f"teach.{key}" for key in ("responses", "max_new_tokens", "batch_size", "shard_size")),
+    *(f"teach.{key}" for key in ("responses", "batch_size", "shard_size")),
     *(f"evaluate.{key}" for key in ("max_new_tokens", "batch_size")),
     *(f"guard.{key}" for key in ("rank", "epochs", "batch", "learning_rate", "head_learning_rate", "prompt_tokens")),
     "guard.response_tokens",
 ]
 NOT_NEGATIVE = [
-    *("seed", "model.threads", "teach.temperature", "teach.limit", "evaluate.limit"),
+    *("seed", "model.threads", "teach.temperature", "teach.max_new_tokens", "teach.limit", "evaluate.limit"),
     *(
         "distil.steps",
         "distil.warmup",
@@ -287,6 +287,12 @@ def test_counts_and_weights_must_not_be_negative(key: str) -> None:
     load_recipe(overrides=[f"{key}=0"])
     with pytest.raises(SoftguardError, match=f"{key} is .*; it must not be negative"):
         load_recipe(overrides=[f"{key}=-1"])
+
+
+@pytest.mark.parametrize("other", ["distil.adapter=kv_prefix", "system.mode=response"])
+def test_only_a_gate_behind_a_prompt_guard_is_taught_without_responses(other: str) -> None:
+    with pytest.raises(SoftguardError, match=r"teach\.max_new_tokens is 0, but"):
+        load_recipe(overrides=["teach.max_new_tokens=0", other])
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
