@@ -23,6 +23,25 @@ def rows_of(chat: Chat) -> tuple[list[list[int]], list[int]]:
     return [chat.encode(p) + r[:-1] for p, r in zip(PROMPTS, responses, strict=True)], [len(r) for r in responses]
 
 
+def packed_as_whole(model: BaseModel) -> torch.Tensor:
+    """Check packed rows, and gradients of a soft prompt and of keys and values before it; returns the rows' states.
+
+    `model`: of 3 layers, 2 key heads of 8 numbers and hidden states of 32.
+    """
+    torch.manual_seed(1)
+    vectors, before = torch.randn(4, 32, requires_grad=True), torch.randn(3, 2, 2, 5, 8, requires_grad=True)
+    prefix = ConstantPrefix(vectors, [(keys, values) for keys, values in before])
+    rows, wanted = [[5, 6, 7, 8], [9], [10, 11, 12]], [2, 1, 3]
+    ours = packed_hidden(model, prefix, rows, wanted)
+    expected = [whole_row(model, prefix, row)[-n:] for row, n in zip(rows, wanted, strict=True)]
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(torch.cat(h).sin().sum(), (vectors, before)) for h in (ours, expected)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    return torch.cat(ours).detach()
+
+
 @pytest.fixture(params=["written out", "written out, long rows", "by transformers", "by transformers, long rows"])
 def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "by transformers" in request.param:
@@ -81,17 +100,7 @@ def test_attention_with_biases_and_several_queries_a_key(small: BaseModel) -> No
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
-    other = replace(small, model=model.requires_grad_(False))
-    vectors, before = torch.randn(4, 32, requires_grad=True), torch.randn(3, 2, 2, 5, 8, requires_grad=True)
-    prefix = ConstantPrefix(vectors, [(keys, values) for keys, values in before])
-    rows, wanted = [[5, 6, 7, 8], [9], [10, 11, 12]], [2, 1, 3]
-    ours = packed_hidden(other, prefix, rows, wanted)
-    expected = [whole_row(other, prefix, row)[-n:] for row, n in zip(rows, wanted, strict=True)]
-    for mine, theirs in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
-    gradients = [torch.autograd.grad(torch.cat(h).sin().sum(), (vectors, before)) for h in (ours, expected)]
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    packed_as_whole(replace(small, model=model.requires_grad_(False)))
 
 
 def test_attention_whose_scores_are_capped() -> None:
@@ -105,21 +114,10 @@ def test_attention_whose_scores_are_capped() -> None:
     )  # fmt: skip
     model = Gemma2ForCausalLM(config).eval().requires_grad_(False)
     gemma = BaseModel("tiny", model, None, "")
-    vectors, before = torch.randn(4, 32, requires_grad=True), torch.randn(3, 2, 2, 5, 8, requires_grad=True)
-    prefix = ConstantPrefix(vectors, [(keys, values) for keys, values in before])
-    rows, wanted = [[5, 6, 7, 8], [9], [10, 11, 12]], [2, 1, 3]
-    ours = packed_hidden(gemma, prefix, rows, wanted)
-    expected = [whole_row(gemma, prefix, row)[-n:] for row, n in zip(rows, wanted, strict=True)]
-    for mine, theirs in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
-    gradients = [torch.autograd.grad(torch.cat(h).sin().sum(), (vectors, before)) for h in (ours, expected)]
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
-    model.config.attn_logit_softcapping = None
+    capped = packed_as_whole(gemma)
     for layer in model.model.layers:
         layer.self_attn.attn_logit_softcapping = None
-    uncapped = packed_hidden(gemma, prefix, rows, wanted)
-    assert (torch.cat(uncapped) - torch.cat(ours)).abs().max() > 1e-2  # the cap was felt
+    assert (packed_as_whole(gemma) - capped).abs().max() > 1e-2  # the cap was felt
 
 
 def test_the_model_attends_as_before_after_a_packed_pass(small: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
