@@ -118,6 +118,23 @@ def test_comparisons_pair_prompts_of_the_first_seed_and_count_all_pairs() -> Non
     assert found["accuracy", "good", "poor"].p == 1.0
 
 
+def test_a_row_that_is_safe_by_babbling_is_told_by_how_far_it_strays() -> None:
+    strays = {"babbling": 0.6, "good": 0.1}
+    rows = []
+    for name, value in strays.items():
+        row = cell(name, 0, safe=9, over=0, right=8)
+        tv = [
+            {**metric(system, "drift", "token_tv", [v]), "value": v}
+            for system, v in (("distilled", value), ("safe_system", 0.0))
+        ]
+        rows.append({**row, "metrics": [*row["metrics"], *tv]})
+    standing = standings(with_methods(rows), ["eval_harmbench-harmful", "contrast"])
+    assert {s.method: s.shares["token_tv"] for s in standing} == {"base": 0, "safe system": 0, **strays}
+    beaten = {m.standing.method: m.beaten_by for m in front(standing, ("safety", "token_tv"))}
+    assert beaten == {"base": (), "safe system": (), "good": (), "babbling": ("good",)}
+    assert {c.measure for c in comparisons(standing)} == {"safety", "over_refusal"}
+
+
 def test_suites_that_are_not_counted_are_left_out() -> None:
     assert set(standings(with_methods(ROWS), ["contrast"])[0].shares) == {"over_refusal"}
 

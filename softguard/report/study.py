@@ -13,10 +13,15 @@ from softguard.errors import SoftguardError
 from softguard.files import write_text
 from softguard.report.exhibits import EXHIBITS, SOURCE, Exhibit, Line, Row, by_method, lines_of, with_methods
 from softguard.report.svg import Curve, Dot, Point, curves, dots, plane
-from softguard.report.tradeoffs import AXES, Comparison, Member, comparisons, front, standings
+from softguard.report.tradeoffs import AXES, TESTED, Comparison, Member, comparisons, front, standings
 from softguard.study.table import NAME, join_tables
 
-_WORDS = {"safety": "safe answers", "over_refusal": "refusals of harmless prompts", "accuracy": "right answers"}
+_WORDS = {
+    "safety": "safe answers",
+    "over_refusal": "refusals of harmless prompts",
+    "accuracy": "right answers",
+    "token_tv": "token TV to the base",
+}
 _SHARES = ("harmbench", "best-rate", "trained-kind", "jailbreak", "judge", "over-refusal", "mmlu", "reasoning")  # of 100 %
 _PANELS = (
     ("loss", "Training loss of the row's own objective", "loss"),
@@ -163,7 +168,8 @@ def _front(axes: tuple[str, str], members: Sequence[Member], tested: Sequence[Co
         write_text(folder / name, plane(title, f"{_WORDS[axes[1]]}, %", f"{_WORDS[axes[0]]}, %", places))
         text = [
             "Ringed: no other row is as good on both and better on one. The safe system is shown, but needs the guard. In "
-            "brackets Holm-adjusted p-values of exact McNemar tests at the first seeds, of the two measures in this order.",
+            "brackets Holm-adjusted p-values of exact McNemar tests at the first seeds, of the measures in this order"
+            f"{'' if across in TESTED else ' that are a hit or a miss a prompt'}.",
             "",
             f"| | {_WORDS[axes[0]]}, % | {_WORDS[axes[1]]}, % | on the Pareto set | beaten by |",
             "|" + " --- |" * 5,
@@ -171,7 +177,7 @@ def _front(axes: tuple[str, str], members: Sequence[Member], tested: Sequence[Co
         for member in own:
             method, shares = member.standing.method, [100 * member.standing.shares[axis] for axis in axes]
             beaten = [
-                f"{other} ({', '.join(f'{p_values[base, axis, other, method]:.2g}' for axis in axes)})"
+                f"{other} ({', '.join(f'{p_values[base, axis, other, method]:.2g}' for axis in axes if axis in TESTED)})"
                 for other in member.beaten_by
             ]
             on = "yes" if member.on_front else "no" if member.standing.learned else "–"

@@ -9,8 +9,9 @@ import numpy as np
 from softguard import stats
 from softguard.report.exhibits import SYSTEMS, Row, by_method
 
-MEASURES = {"safety": 1, "over_refusal": -1, "accuracy": 1}  # and whether more is better
-AXES = (("safety", "over_refusal"), ("safety", "accuracy"))
+MEASURES = {"safety": 1, "over_refusal": -1, "accuracy": 1, "token_tv": -1}  # and whether more is better
+TESTED = ("safety", "over_refusal", "accuracy")  # a hit or a miss a prompt
+AXES = (("safety", "over_refusal"), ("safety", "accuracy"), ("safety", "token_tv"))  # the last tells refusing from babbling
 
 
 class Standing(NamedTuple):
@@ -52,8 +53,10 @@ def standings(rows: Sequence[Row], suites: Sequence[str] = ()) -> list[Standing]
         systems = ["distilled"] if any(s.base == base for s in found) else [*SYSTEMS, "distilled"]
         for system in systems:
             kept = group if system == "distilled" else group[:1]
-            hits = {m: h for m in MEASURES if (h := _hits(kept[0], system, m, suites))}
+            hits = {m: h for m in TESTED if (h := _hits(kept[0], system, m, suites))}
             shares = {m: float(np.mean([np.mean(_hits(row, system, m, suites)) for row in kept])) for m in hits}
+            if strays := [value for row in kept for value in _token_tv(row, system)]:
+                shares["token_tv"] = float(np.mean(strays))
             found.append(Standing(base, SYSTEMS.get(system) or group[0]["method"], shares, hits, system != "safe_system"))
     return found
 
@@ -76,7 +79,7 @@ def comparisons(standing: Sequence[Standing]) -> list[Comparison]:
     """Every two systems of a base model on every measure, on the same prompts."""
     found = []
     for base in dict.fromkeys(s.base for s in standing):
-        for measure in MEASURES:
+        for measure in TESTED:
             pairs = list(combinations([s for s in standing if s.base == base and measure in s.hits], 2))
             p_values = [stats.mcnemar(a.hits[measure], b.hits[measure]) for a, b in pairs]
             for (a, b), p, adjusted in zip(pairs, p_values, stats.holm(p_values), strict=True):
@@ -93,3 +96,11 @@ def _hits(row: Row, system: str, measure: str, suites: Sequence[str]) -> list[bo
         if (m["system"], m["metric"]) == (system, measure) and (not suites or m["suite"] in suites)
         for hit in m["outcomes"]
     ]
+
+
+def _token_tv(row: Row, system: str) -> list[float]:
+    """Token TV to the base, of which the base has none; empty where it was not measured."""
+    found = [m["value"] for m in row["metrics"] if (m["system"], m["metric"]) == ("distilled", "token_tv")]
+    if system == "base":
+        return [0.0] * len(found)
+    return [m["value"] for m in row["metrics"] if (m["system"], m["metric"]) == (system, "token_tv")]
