@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python recipes/build_guard.py --data ../shared/data
 
-About fifteen minutes on one thread. Reads the public data of `--data` and the project's own
+Half an hour and more on one thread. Reads the public data of `--data` and the project's own
 `softguard/data/prompts` (its train split to fit, its validation split to calibrate, its test split to measure),
 and writes `softguard/data/guard` and `softguard/data/judge`: a second run with the same thread count writes the same
 bytes. `--only judge` (or guard) builds one of the two.
@@ -459,7 +459,7 @@ def build_guard(sources: Sources, settings: GuardConfig, told: Callable[[str], N
             "prompts of the recipe's word bank were written with XSTest's kinds of contrast in mind (none of its prompts), so "
             "XSTest figures are kinder than those on unforeseen kinds",
             "GPTFuzz responses end after 400 characters, often before the part that people judged",
-            "two earlier fits and two trials of the prompt question were seen on these figures, so they flatter a little",
+            "three earlier fits and two trials of the prompt question were seen on these figures, so they flatter a little",
             "single requests and their first answers; no conversations; in training 36 written wrappers around requests",
             "short answers; of a longer text the worst window counts, so long harmless texts are flagged more",
             "what counts as harmful is what the training files' authors labelled so",

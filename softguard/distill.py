@@ -64,12 +64,12 @@ def distil(
     recipe's run, the guard fails, or the loss is no longer finite.
     """
     corpus = Corpus.open(corpus.folder, base)
-    if recipe.distil.adapter != "gate" and not corpus.examples("train", [0])[0].responses[0].ids:
-        raise SoftguardError(
-            f"corpus {corpus.folder} holds no responses, which a {recipe.distil.adapter} learns from; teach again with "
-            "teach.max_new_tokens above 0"
-        )
     if recipe.distil.steps and recipe.distil.adapter != "text":
+        if recipe.distil.adapter != "gate" and not corpus.examples("train", [0])[0].responses[0].ids:
+            raise SoftguardError(
+                f"corpus {corpus.folder} holds no responses, which a {recipe.distil.adapter} learns from; teach again with "
+                "teach.max_new_tokens above 0"
+            )
         return _Trainer(recipe, corpus, out, base, guard).run(progress)
     facts = {**_facts(recipe, corpus, base), "objective": "untrained", "steps": 0}
     replace(_start(recipe, corpus, base), facts=facts).save(out, base)

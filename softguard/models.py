@@ -90,7 +90,7 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     if dtype not in DTYPES:
         raise SoftguardError(f"dtype {dtype!r} is unknown; use one of auto, {', '.join(DTYPES)}")
     # On CPUs the fused attention's backward pass is slow in bfloat16, slower than the whole of a short training step.
-    attention = "eager" if (device, dtype) == ("cpu", "bfloat16") else None  # transformers' choice: not all know all
+    attention = "eager" if (device, dtype) == ("cpu", "bfloat16") else None  # none: transformers chooses what the model has
     source, extra = _locate(spec)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()

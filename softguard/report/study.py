@@ -14,7 +14,7 @@ from softguard.files import write_text
 from softguard.report.exhibits import EXHIBITS, SOURCE, Exhibit, Line, Row, by_method, lines_of, with_methods
 from softguard.report.svg import Curve, Dot, Point, curves, dots, plane
 from softguard.report.tradeoffs import AXES, TESTED, Comparison, Member, comparisons, front, standings
-from softguard.study.table import NAME, join_tables
+from softguard.study.table import NAME, join_tables, write_rows
 
 _WORDS = {
     "safety": "safe answers",
@@ -44,13 +44,15 @@ def write_study(tables: Sequence[Path], suites: Sequence[str], folder: Path, pag
     `tables`: of one run of the study, or of several that are joined. `suites`: those the Pareto sets count; none counts all.
     Raises SoftguardError if no cell is measured, or a suite was not, or the tables do not belong together.
     """
-    rows = with_methods(join_tables(tables, folder / NAME))
+    cells = join_tables(tables)
+    rows = with_methods(cells)
     measured = [row for row in rows if row["metrics"] is not None]
     if not measured:
         raise SoftguardError(f"{tables[0]} has no measured cell yet; run the study further")
     known = {m["suite"] for row in measured for m in row["metrics"]}
     if missing := [suite for suite in suites if suite not in known]:
         raise SoftguardError(f"study.pareto names {missing[0]}, which was not measured; use some of {', '.join(sorted(known))}")
+    write_rows(cells, folder / NAME)
     found = {exhibit: lines_of(exhibit, measured) for exhibit in EXHIBITS}
     write_text(folder / "exhibits.csv", _csv(Line._fields, (line for lines in found.values() for line in lines)))
     standing = standings(measured, suites)

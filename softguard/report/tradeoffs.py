@@ -100,7 +100,6 @@ def _hits(row: Row, system: str, measure: str, suites: Sequence[str]) -> list[bo
 
 def _token_tv(row: Row, system: str) -> list[float]:
     """Token TV to the base, of which the base has none; empty where it was not measured."""
-    found = [m["value"] for m in row["metrics"] if (m["system"], m["metric"]) == ("distilled", "token_tv")]
-    if system == "base":
-        return [0.0] * len(found)
-    return [m["value"] for m in row["metrics"] if (m["system"], m["metric"]) == (system, "token_tv")]
+    measured = "distilled" if system == "base" else system
+    values = [m["value"] for m in row["metrics"] if (m["system"], m["metric"]) == (measured, "token_tv")]
+    return [0.0] * len(values) if system == "base" else values

@@ -65,8 +65,12 @@ SCHEMA = pa.schema(
 def write_table(grid: Grid, out: Path) -> None:
     """Write `out/cells.parquet` of all cells that are trained."""
     rows = [row for arm in grid.arms for row in _rows(arm, evaluation_of(grid.grounds[arm.cells[0][0].base]), out)]
-    table = pa.Table.from_pylist(rows, SCHEMA)
-    write_file(out / NAME, partial(pq.write_table, table, compression="zstd"))
+    write_rows(rows, out / NAME)
+
+
+def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write cells as a Parquet table."""
+    write_file(path, partial(pq.write_table, pa.Table.from_pylist(list(rows), SCHEMA), compression="zstd"))
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -83,24 +87,22 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def join_tables(paths: Sequence[Path], out: Path) -> list[dict[str, Any]]:
-    """Write the cells of several runs of a study to `out`, such as of several machines, and return them.
+def join_tables(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The cells of several runs of a study, such as of several machines. A cell that several have is the first's.
 
-    A cell that several have is the first's. Raises SoftguardError as `read_table` does, or if two runs asked a base's cells
-    different things.
+    Raises SoftguardError as `read_table` does, or if two runs asked a base's cells different things.
     """
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
     asked: dict[str, tuple[str, Path]] = {}
     for path in paths:
         for row in read_table(path):
-            evaluation, first = asked.setdefault(row["base"], (row["evaluation"], path)) if row["evaluation"] else ("", path)
-            if row["evaluation"] and row["evaluation"] != evaluation:
-                raise SoftguardError(
-                    f"{path} measured {row['base']} by other suites or settings than {first}; join runs of one recipe"
-                )
+            if row["evaluation"]:
+                evaluation, first = asked.setdefault(row["base"], (row["evaluation"], path))
+                if row["evaluation"] != evaluation:
+                    raise SoftguardError(
+                        f"{path} measured {row['base']} by other suites or settings than {first}; join runs of one recipe"
+                    )
             cells.setdefault(tuple(row[key] for key in ("base", "row", "n_soft", "learning_rate", "seed")), row)
-    table = pa.Table.from_pylist(list(cells.values()), SCHEMA)
-    write_file(out, partial(pq.write_table, table, compression="zstd"))
     return list(cells.values())
 
 
