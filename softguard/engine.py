@@ -111,6 +111,18 @@ class Engine:
             result[batch] = self.gate.log_odds(output.gated).cpu().float()
         return result
 
+    def refuses(self, prompts: Sequence[str], batch_size: int = 64) -> list[bool]:
+        """Which prompts a gate refuses in greedy answers; none without a gate."""
+        return (~(self.log_odds(prompts, batch_size) < 0)).tolist()  # what is no number refuses
+
+    def refuse_some(
+        self, prompts: Sequence[str], answers: Sequence[str], max_new_tokens: int, batch_size: int = 64
+    ) -> list[str]:
+        """What `generate` says greedily with a gate, given the base's greedy `answers`, of which none has to be made again."""
+        refusal = self._text(self.gate.refusal[:max_new_tokens]) if self.gate is not None else ""
+        refused = self.refuses(prompts, batch_size)
+        return [refusal if no else answer for no, answer in zip(refused, answers, strict=True)]
+
     def _text(self, ids: Sequence[int]) -> str:
         return self.chat.decode([i for i in ids if i not in self.chat.stop_ids])
 

@@ -187,8 +187,15 @@ class _Run:
         """What base or distilled model answers greedily."""
         config = self.recipe.evaluate
 
+        engine = self.engines[name]
+
         def make(told: Callable[[int], None]) -> list[Any]:
-            generated = self.engines[name].generate(suite.prompts, config.max_new_tokens, config.batch_size, progress=told)
+            if engine.gate is not None:
+                base_texts = self.answers("base", suite)
+                texts = engine.refuse_some(suite.prompts, base_texts, config.max_new_tokens, config.batch_size)
+                told(len(texts))
+                return texts
+            generated = engine.generate(suite.prompts, config.max_new_tokens, config.batch_size, progress=told)
             return [response.text for response in generated]
 
         return self._kept(name, suite, config.max_new_tokens, make)
@@ -237,13 +244,14 @@ class _Run:
         """Share of questions whose right answer is the likeliest, and its paired change from the base."""
         right: dict[System, list[bool]] = {}
         for name, engine in self.engines.items():
-            prefix = constant_prefix(engine.base, engine.chat, self.adapter if name == "distilled" else None)
-            make = partial(likeliest, engine.base, engine.chat, prefix, suite.prompts, suite.choices)
-            chosen = self._kept(name, suite, [list(choices) for choices in suite.choices], make)
-            if engine.gate is not None:
-                refused = (~(engine.log_odds(suite.prompts) < 0)).tolist()
-                chosen = [-1 if no else i for i, no in zip(chosen, refused, strict=True)]
-            right[name] = [a == b for a, b in zip(chosen, suite.right, strict=True)]
+            if engine.gate is None:
+                prefix = constant_prefix(engine.base, engine.chat, self.adapter if name == "distilled" else None)
+                make = partial(likeliest, engine.base, engine.chat, prefix, suite.prompts, suite.choices)
+                chosen = self._kept(name, suite, [list(choices) for choices in suite.choices], make)
+                right[name] = [a == b for a, b in zip(chosen, suite.right, strict=True)]
+            else:  # what is not refused is the base's
+                refused = engine.refuses(suite.prompts)
+                right[name] = [hit and not no for hit, no in zip(right["base"], refused, strict=True)]
             if name == "base":
                 texts = [choices[i] for choices, i in zip(suite.choices, chosen, strict=True)]
                 kept = self.system.answer(suite.prompts, texts, self.recipe.seed)

@@ -157,6 +157,17 @@ def test_what_is_refused_gets_the_refusal_and_the_rest_the_bases_answer(
     assert "".join(engine.stream([Turn("user", "hi")], 12)) == "".join(base.stream([Turn("user", "hi")], 12))
 
 
+def test_greedy_answers_need_the_bases_alone(small: BaseModel, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = sorted(ROWS, key=lambda text: len(chat.encode(text)))
+    base, engine = Engine(small), Engine(small, gate_adapter(small))
+    for new in (2, 12):
+        forced(monkeypatch, 5.0, -5.0, torch.nan)
+        answers = [answer.text for answer in base.generate(prompts, new)]
+        assert engine.refuse_some(prompts, answers, new) == [answer.text for answer in engine.generate(prompts, new)]
+    assert engine.refuses(prompts) == [True, False, True]
+    assert base.refuses(prompts) == [False] * 3
+
+
 def test_drawn_answers_follow_the_mixture() -> None:
     u = (torch.arange(10_000) + 0.5) / 10_000
     odds = torch.full_like(u, 0.7)
