@@ -8,7 +8,8 @@ import numpy as np
 CONFIDENCE = 0.95
 _RESAMPLES = 10_000
 
-Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
+Matrix = np.ndarray[Any, np.dtype[np.float64]]  # two axes
+Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Estimate(NamedTuple):
@@ -54,6 +55,25 @@ def gap_closed(base: Sequence[bool], system: Sequence[bool], student: Sequence[b
     return Estimate(float((whole[2] - whole[0]) / (whole[1] - whole[0])), *_ends(closed), columns.shape[1])
 
 
+def nested_mean(values: Matrix, seed: int = 0) -> Estimate:
+    """Mean of (seeds, prompts) values, with a percentile bootstrap interval that draws both seeds and prompts again.
+
+    Of few seeds it is too narrow, as any bootstrap of few.
+    """
+    return Estimate(float(values.mean()), *_ends(_nested_means(values, seed)), values.shape[1])
+
+
+def nested_gap_closed(base: Vector, system: Vector, students: Matrix, seed: int = 0) -> Estimate | None:
+    """As `gap_closed`, of several seeds of a student, (seeds, prompts): prompts are drawn again together, seeds as well."""
+    if system.mean() <= base.mean():
+        return None
+    below, above, within = (_nested_means(values, seed) for values in (base[None], system[None], students))
+    gap = above - below
+    closed = (within - below)[gap > 0] / gap[gap > 0]
+    value = (students.mean() - base.mean()) / (system.mean() - base.mean())
+    return Estimate(float(value), *_ends(closed), len(base))
+
+
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     """Two-sided p-value that two systems hit the same prompts equally often: McNemar's test, exact.
 
@@ -89,6 +109,17 @@ def _resampled_means(columns: Matrix, seed: int) -> Matrix:
     rng, n = np.random.default_rng(seed), columns.shape[1]
     parts = [columns[:, rng.integers(0, n, size=(100, n))].mean(axis=2) for _ in range(_RESAMPLES // 100)]
     return np.concatenate(parts, axis=1)
+
+
+def _nested_means(values: Matrix, seed: int) -> Vector:
+    """(resamples,) means of (seeds, prompts) values; of one `seed` and number of prompts, the prompts drawn are the same."""
+    of_prompts, of_seeds = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
+    count, n = values.shape
+    parts = []
+    for _ in range(_RESAMPLES // 100):
+        means = values[:, of_prompts.integers(0, n, size=(100, n))].mean(axis=2)  # (seeds, 100)
+        parts.append(means[of_seeds.integers(0, count, size=(count, 100)), np.arange(100)].mean(axis=0))
+    return np.concatenate(parts)
 
 
 def _ends(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The report of a study, on a table whose figures are known."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,6 +13,7 @@ import pytest
 from softguard.errors import SoftguardError
 from softguard.report.exhibits import EXHIBITS, Line, lines_of, published, with_methods
 from softguard.report.study import write_study
+from softguard.report.summary import figures
 from softguard.report.svg import Curve, Dot, Point, curves, dots, plane
 from softguard.report.tradeoffs import comparisons, front, standings
 from softguard.study.table import SCHEMA, join_tables, read_table, write_rows
@@ -50,7 +52,8 @@ def cell(row: str, seed: int, safe: int, over: int, right: int, rate: float = 0.
     ]
     return {
         "base": "tiny <model>", "row": row, "adapter": "kv_prefix", "objective": "tv", "n_soft": 4, "learning_rate": rate,
-        "seed": seed, "chosen": chosen, "recipe": "", "corpus": "drawn", "guard": "the-guard", "judge": "the-judge",
+        "seed": seed, "chosen": chosen, "recipe": "", "corpus": "drawn", "versions": '{"threads": "2"}',
+        "base_fingerprint": "abc", "guard": "the-guard", "judge": "the-judge",
         "steps": 2, "log": log,
         "validation_loss": rate, "parameters": 64, "metrics": metrics if chosen else None, "cost": times, "train_seconds": 3.0,
         "flops_per_token": {"base": 1e9, "safe_system": 3e9, "distilled": 2e9},
@@ -139,6 +142,22 @@ def test_suites_that_are_not_counted_are_left_out() -> None:
     assert set(standings(with_methods(ROWS), ["contrast"])[0].shares) == {"over_refusal"}
 
 
+def test_the_summary_sets_every_row_beside_base_and_system() -> None:
+    closed = {**metric("distilled", "eval_harmbench-harmful", "gap_closed", [0.0]), "value": 0.8, "outcomes": None}
+    rows = with_methods([{**row, "metrics": [*row["metrics"], closed]} for row in (ROWS[0], ROWS[2])])
+    found = {(f.method, f.metric): f for f in figures(rows)}
+    change = found["good", "over_refusal_change"]  # the system refuses the first two of ten, the row the first
+    assert change[4:] == (pytest.approx(-0.1), *change[5:7], pytest.approx(-0.1), pytest.approx(-0.1), 10, 2)
+    assert change.low == pytest.approx(-0.3)
+    assert change.high == 0
+    gap = found["good", "gap_closed"]  # 10 and 8 of 10 between the base's 5 and the system's 10
+    assert gap.value == pytest.approx(0.8)
+    assert 0 < gap.low < 0.8 < gap.high <= 1
+    assert found["base", "safety"][4:] == (0.5, 0.4, 0.6, 0.5, 0.5, 10, 1)
+    assert found["good", "safety"][4:] == (0.9, pytest.approx(0.7), 1.1, 0.8, 1.0, 10, 2)
+    assert ("base", "over_refusal_change") not in found
+
+
 def written(tmp_path: Path, rows: list[dict[str, Any]], suites: tuple[str, ...] = ()) -> tuple[Path, str]:
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "cells.parquet")
     write_study([tmp_path / "cells.parquet"], suites, tmp_path / "results", tmp_path / "docs" / "study.md")
@@ -151,15 +170,22 @@ def test_the_page_shows_ours_beside_the_published_and_every_figure_it_names_is_t
     assert "| published | Llama-3.2-3B | HarmBench | TV soft prompt | 96.75 |" in page
     assert "| tiny <model> | good | **0.01: 0.010**, 0.5: 0.500 |" in page
     assert "| tiny <model> | good | 64 | 2 | 3 | 9.0 | 9.0 |" in page
+    assert (
+        "| refused harmless prompts, less the system's, points: contrast | -10.0 [-30.0, 0.0], seeds -10.0 to -10.0 | 20.0"
+        in page
+    )
     assert "| poor | 60.0 | 40.0 | no | good (0.5, 1) |" in page
-    figures = [line.split("(")[-1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
-    assert len(figures) == len(EXHIBITS) - 4 + 2 + 3  # what neither the paper nor this table has
-    for figure in figures:
+    shown = [line.split("(")[-1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
+    assert len(shown) == len(EXHIBITS) - 4 + 2 + 3  # what neither the paper nor this table has
+    for figure in shown:
         ElementTree.parse(tmp_path / "docs" / figure)
     assert read_table(folder / "cells.parquet") == read_table(tmp_path / "cells.parquet")
     with (folder / "exhibits.csv").open() as file:
         assert tuple(next(csv.reader(file))) == Line._fields
     assert len((folder / "tests.csv").read_text().splitlines()) == 1 + 3 * 6
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert (told["seed"], told["guard"], told["versions"]) == ([0, 1], ["the-guard"], [{"threads": "2"}])
+    assert [f["value"] for f in told["figures"] if (f["method"], f["metric"]) == ("poor", "safety")] == [0.6]
 
 
 def test_cells_of_several_runs_are_joined_and_those_of_other_questions_refused(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from softguard.errors import SoftguardError
-from softguard.files import write_text
+from softguard.files import write_json, write_text
 from softguard.report.exhibits import EXHIBITS, SOURCE, Exhibit, Line, Row, by_method, lines_of, with_methods
+from softguard.report.summary import figures, summary, table
 from softguard.report.svg import Curve, Dot, Point, curves, dots, plane
 from softguard.report.tradeoffs import AXES, TESTED, Comparison, Member, comparisons, front, standings
 from softguard.study.table import NAME, join_tables, write_rows
@@ -39,7 +40,8 @@ class _Made(NamedTuple):
 
 
 def write_study(tables: Sequence[Path], suites: Sequence[str], folder: Path, page: Path) -> None:
-    """Write figures (SVG), tables (CSV) and all cells as one Parquet table to `folder`, and `page` in Markdown.
+    """Write figures (SVG), tables (CSV) and all cells as one Parquet table to `folder`, a summary beside it as
+    `folder`.json, and `page` in Markdown.
 
     `tables`: of one run of the study, or of several that are joined. `suites`: those the Pareto sets count; none counts all.
     Raises SoftguardError if no cell is measured, or a suite was not, or the tables do not belong together.
@@ -58,12 +60,13 @@ def write_study(tables: Sequence[Path], suites: Sequence[str], folder: Path, pag
     standing = standings(measured, suites)
     tested = comparisons(standing)
     write_text(folder / "tests.csv", _csv(Comparison._fields, tested))
+    write_json(folder.with_name(f"{folder.name}.json"), summary(measured))
 
     parts = [made for axes in AXES for made in _front(axes, front(standing, axes), tested, folder)]
     parts += [_exhibit(exhibit, lines, folder) for exhibit, lines in found.items() if lines]
     parts += _curves(measured, folder)
     where = os.path.relpath(folder, page.parent)
-    text = _head(measured, suites, where)
+    text = [*_head(measured, suites, where), *_beside(measured, where)]
     for part in parts:
         text += [
             f"## {part.title}",
@@ -92,6 +95,17 @@ def _head(rows: Sequence[Row], suites: Sequence[str], where: str) -> list[str]:
         f"orders and gaps, not levels. All figures are in [exhibits.csv]({where}/exhibits.csv), all paired tests in "
         f"[tests.csv]({where}/tests.csv). The Pareto sets count {', '.join(suites) if suites else 'all suites of a measure'}.",
         "",
+    ]
+
+
+def _beside(rows: Sequence[Row], where: str) -> list[str]:
+    return [
+        "## Every row beside base and safe system",
+        "",
+        "Mean over seeds, with 95 % intervals over prompts and seeds (bootstrap of both; perplexity: the outermost ends of "
+        f"the seeds'). These and all others, for programs: [{os.path.basename(where)}.json]({where}.json).",
+        "",
+        *table(figures(rows)),
     ]
 
 

@@ -1,0 +1,120 @@
+"""A study in one file a program reads, and in one table: every row beside the base and the safe system.
+
+Intervals of what a row differs by are over prompts and seeds: both are drawn again, prompts for all systems alike. Those of
+shares are the outermost ends of the seeds' exact ones, as in `exhibits`, because a bootstrap of all hits has no width.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from softguard import stats
+from softguard.report.exhibits import SYSTEMS, Row, by_method, metric_of
+
+SCHEMA = 1
+_BOOTSTRAPPED = ("token_tv", "accuracy_change")  # means over prompts that are no shares
+_COLUMNS = (
+    ("gap_closed", "safety gap closed, %", 100, 0),
+    ("over_refusal_change", "refused harmless prompts, less the system's, points", 100, 1),
+    ("accuracy_change", "right answers, less the base's, points", 100, 1),
+    ("token_tv", "token TV to the base, %", 100, 2),
+    ("perplexity_ratio", "perplexity of the base's answers, × the base's", 1, 3),
+)
+
+
+class Figure(NamedTuple):
+    """One figure of one system of a base model, mean over seeds."""
+
+    base: str
+    method: str
+    suite: str
+    metric: str  # as in results.json; over_refusal_change: to the safe system, paired
+    value: float
+    low: float
+    high: float
+    least: float  # over seeds
+    most: float
+    n: int  # prompts
+    seeds: int
+
+
+def figures(rows: Sequence[Row]) -> list[Figure]:
+    """All figures of measured rows; base and safe system, which no seed changes, stand first, once a base model."""
+    found: list[Figure] = []
+    for group in by_method(rows):
+        base = group[0]["base"]
+        for system in ["distilled"] if any(f.base == base for f in found) else [*SYSTEMS, "distilled"]:
+            kept = group if system == "distilled" else group[:1]
+            method = SYSTEMS.get(system) or group[0]["method"]
+            for m in group[0]["metrics"]:
+                if m["system"] != system:
+                    continue
+                for metric, estimate, each in _estimates(kept, system, m["suite"], m["metric"]):
+                    ends = (min(each), max(each))
+                    found.append(Figure(base, method, m["suite"], metric, *estimate[:3], *ends, estimate.n, len(each)))
+    return found
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """`figures` with what they were made by, for a JSON file."""
+    named = {
+        name: sorted({row[name] for row in rows})
+        for name in ("base", "base_fingerprint", "guard", "judge", "corpus", "seed", "learning_rate")
+    }
+    versions = sorted({row["versions"] for row in rows})
+    return {
+        "schema": SCHEMA,
+        **named,
+        "versions": [json.loads(text) for text in versions],
+        "figures": [figure._asdict() for figure in figures(rows)],
+    }
+
+
+def table(found: Sequence[Figure]) -> list[str]:
+    """Lines of Markdown: one a base model, measure and suite, a column a row of the study."""
+    text: list[str] = []
+    for base in dict.fromkeys(figure.base for figure in found):
+        own = {(f.metric, f.suite, f.method): f for f in found if f.base == base}
+        methods = [m for m in dict.fromkeys(m for *_, m in own) if m not in SYSTEMS.values()]
+        text += [f"| {base} | {' | '.join(methods)} |", "|" + " --- |" * (1 + len(methods))]
+        for metric, label, scale, digits in _COLUMNS:
+            for suite in dict.fromkeys(s for name, s, method in own if name == metric and method in methods):
+                cells = [_cell(own.get((metric, suite, method)), scale, digits) for method in methods]
+                text.append(f"| {label}: {suite} | {' | '.join(cells)} |")
+        text.append("")
+    return text
+
+
+def _cell(figure: Figure | None, scale: int, digits: int) -> str:
+    if figure is None:
+        return "–"
+    value, low, high, least, most = (f"{scale * x + 0:.{digits}f}" for x in figure[4:9])
+    return f"{value} [{low}, {high}]" + (f", seeds {least} to {most}" if figure.seeds > 1 else "")
+
+
+def _estimates(kept: Sequence[Row], system: str, suite: str, metric: str) -> list[tuple[str, stats.Estimate, list[float]]]:
+    """A metric, and what follows from it: its name, its estimate and its value by seed."""
+    found = [m for row in kept if (m := metric_of(row, system, suite, metric)) is not None]
+    each = [float(m["value"]) for m in found]
+    ends = min(m["low"] for m in found), max(m["high"] for m in found)
+    plain = stats.Estimate(float(np.mean(each)), *ends, found[0]["n"])
+    if metric in _BOOTSTRAPPED:
+        return [(metric, stats.nested_mean(_outcomes(kept, system, suite, metric)), each)]
+    if metric == "gap_closed":
+        safe = {name: _outcomes(kept, name, suite, "safety") for name in (*SYSTEMS, "distilled")}
+        closed = stats.nested_gap_closed(safe["base"][0], safe["safe_system"][0], safe["distilled"])
+        return [(metric, closed, each)] if closed is not None else []
+    if metric == "over_refusal" and system == "distilled":
+        system_refuses = _outcomes(kept[:1], "safe_system", suite, metric)[0]
+        change = _outcomes(kept, system, suite, metric) - system_refuses
+        by_seed = [float(x) for x in change.mean(axis=1)]
+        return [(metric, plain, each), ("over_refusal_change", stats.nested_mean(change), by_seed)]
+    return [(metric, plain, each)]
+
+
+def _outcomes(rows: Sequence[Row], system: str, suite: str, metric: str) -> stats.Matrix:
+    """(seeds, prompts) figures of every single prompt."""
+    found = [metric_of(row, system, suite, metric) for row in rows]
+    return np.array([m["outcomes"] for m in found if m is not None], dtype=np.float64)
