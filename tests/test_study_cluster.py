@@ -43,7 +43,7 @@ def address() -> Iterator[str]:
     ray = pytest.importorskip("ray", reason="Ray is not installed; pip install 'softguard[cluster]'")
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_worker_niceness"] = "0"  # at Ray's own, 15, workers hardly run beside anything else on a busy machine
+    os.environ.update(RAY_worker_niceness="0")  # at Ray's own, 15, workers hardly run beside anything else on a busy machine
     cluster = Cluster()
     for _ in range(2):
         cluster.add_node(num_cpus=1, object_store_memory=100_000_000)

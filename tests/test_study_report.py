@@ -170,10 +170,8 @@ def test_the_page_shows_ours_beside_the_published_and_every_figure_it_names_is_t
     assert "| published | Llama-3.2-3B | HarmBench | TV soft prompt | 96.75 |" in page
     assert "| tiny <model> | good | **0.01: 0.010**, 0.5: 0.500 |" in page
     assert "| tiny <model> | good | 64 | 2 | 3 | 9.0 | 9.0 |" in page
-    assert (
-        "| refused harmless prompts, less the system's, points: contrast | -10.0 [-30.0, 0.0], seeds -10.0 to -10.0 | 20.0"
-        in page
-    )
+    assert "tiny <model>: refused harmless prompts, less the system's, points\n\n| | contrast |" in page
+    assert "| good | -10.0 [-30.0, 0.0], seeds -10.0 to -10.0 |\n| poor | 20.0 [" in page
     assert "| poor | 60.0 | 40.0 | no | good (0.5, 1) |" in page
     shown = [line.split("(")[-1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
     assert len(shown) == len(EXHIBITS) - 4 + 2 + 3  # what neither the paper nor this table has

@@ -15,7 +15,8 @@ from softguard.report.exhibits import SYSTEMS, Row, by_method, metric_of
 
 SCHEMA = 1
 _BOOTSTRAPPED = ("token_tv", "accuracy_change")  # means over prompts that are no shares
-_COLUMNS = (
+_TAKEN = tuple(SYSTEMS.values())  # what the others stand beside
+_MEASURES = (
     ("gap_closed", "safety gap closed, %", 100, 0),
     ("over_refusal_change", "refused harmless prompts, less the system's, points", 100, 1),
     ("accuracy_change", "right answers, less the base's, points", 100, 1),
@@ -73,17 +74,19 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def table(found: Sequence[Figure]) -> list[str]:
-    """Lines of Markdown: one a base model, measure and suite, a column a row of the study."""
+    """Lines of Markdown: a table a measure and base model, a line a row of the study, a column a suite."""
     text: list[str] = []
-    for base in dict.fromkeys(figure.base for figure in found):
-        own = {(f.metric, f.suite, f.method): f for f in found if f.base == base}
-        methods = [m for m in dict.fromkeys(m for *_, m in own) if m not in SYSTEMS.values()]
-        text += [f"| {base} | {' | '.join(methods)} |", "|" + " --- |" * (1 + len(methods))]
-        for metric, label, scale, digits in _COLUMNS:
-            for suite in dict.fromkeys(s for name, s, method in own if name == metric and method in methods):
-                cells = [_cell(own.get((metric, suite, method)), scale, digits) for method in methods]
-                text.append(f"| {label}: {suite} | {' | '.join(cells)} |")
-        text.append("")
+    for metric, label, scale, digits in _MEASURES:
+        for base in dict.fromkeys(figure.base for figure in found):
+            own = {(f.method, f.suite): f for f in found if (f.base, f.metric) == (base, metric) and f.method not in _TAKEN}
+            suites = list(dict.fromkeys(suite for _, suite in own))
+            if not own:
+                continue
+            text += [f"{base}: {label}", "", f"| | {' | '.join(suites)} |", "|" + " --- |" * (1 + len(suites))]
+            for method in dict.fromkeys(method for method, _ in own):
+                cells = [_cell(own.get((method, suite)), scale, digits) for suite in suites]
+                text.append(f"| {method} | {' | '.join(cells)} |")
+            text.append("")
     return text
 
 
