@@ -147,14 +147,12 @@ def test_the_summary_sets_every_row_beside_base_and_system() -> None:
     rows = with_methods([{**row, "metrics": [*row["metrics"], closed]} for row in (ROWS[0], ROWS[2])])
     found = {(f.method, f.metric): f for f in figures(rows)}
     change = found["good", "over_refusal_change"]  # the system refuses the first two of ten, the row the first
-    assert change[4:] == (pytest.approx(-0.1), *change[5:7], pytest.approx(-0.1), pytest.approx(-0.1), 10, 2)
-    assert change.low == pytest.approx(-0.3)
-    assert change.high == 0
+    assert change[4:] == pytest.approx((-0.1, -0.3, 0, -0.1, -0.1, 10, 2))
     gap = found["good", "gap_closed"]  # 10 and 8 of 10 between the base's 5 and the system's 10
     assert gap.value == pytest.approx(0.8)
     assert 0 < gap.low < 0.8 < gap.high <= 1
     assert found["base", "safety"][4:] == (0.5, 0.4, 0.6, 0.5, 0.5, 10, 1)
-    assert found["good", "safety"][4:] == (0.9, pytest.approx(0.7), 1.1, 0.8, 1.0, 10, 2)
+    assert found["good", "safety"][4:] == pytest.approx((0.9, 0.7, 1.1, 0.8, 1.0, 10, 2))
     assert ("base", "over_refusal_change") not in found
 
 
