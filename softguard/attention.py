@@ -52,6 +52,16 @@ class Layout:
         """(queries, keys) that hides what comes after a query, the last of which stands at the last key."""
         return self._like.new_full((queries, keys), torch.finfo(self._like.dtype).min).triu_(1 + keys - queries)
 
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scaling: float, before: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`attend` in this layout."""
+        return attend(q, k, v, scaling, self, before)
+
+    def backward(self, gradient: Tensor, kept: Sequence[Tensor], scaling: float) -> tuple[Tensor, ...]:
+        """`attend_backward` in this layout."""
+        return attend_backward(gradient, kept, scaling, self)
+
     def order(self, heads: int, groups: int) -> "_Order":
         """Indices for tensors of so many heads that share `groups` key heads."""
         if (heads, groups) not in self._orders:
@@ -61,6 +71,61 @@ class Layout:
             indices = spread, place[self._there], place[~self._there]
             self._orders[heads, groups] = _Order(*(i.flatten().to(self._like.device) for i in indices))
         return self._orders[heads, groups]
+
+
+class Beside:
+    """Attention of T tokens a row that stand beside keys and values of their own, the gate's, behind what the row has seen.
+
+    In attention's order for them, (rows, key heads, queries' heads a key head · T, width).
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, seen: Tensor) -> None:
+        """`keys`, `values`: (rows, key heads, tokens, width) of the rows, without a gradient. `seen`: (rows, T, tokens + gate's
+        + T), False on padding and on what comes later.
+        """
+        self._keys, self._values, self._seen = keys, values, seen
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scaling: float, before: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(rows · T, heads, width) queries, keys and values alike; `before`: the gate's, (rows, key heads, n_soft, width)."""
+        assert before is not None
+        groups, heads = k.shape[1], q.shape[1]
+        q = self._rows(q * scaling, groups)
+        keys, values = (
+            torch.cat([row, gate, self._rows(own, groups)], dim=2)
+            for row, gate, own in zip((self._keys, self._values), before, (k, v), strict=True)
+        )
+        scores = (q @ keys.mT).view(len(q), groups, -1, *self._seen.shape[1:])
+        scores.masked_fill_(~self._seen[:, None, None], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1).flatten(2, 3)
+        return self._flat(weights @ values, heads), (q, keys, values, weights)
+
+    def backward(self, gradient: Tensor, kept: Sequence[Tensor], scaling: float) -> tuple[Tensor, ...]:
+        """Gradients of queries, keys and values, (rows · T, heads, width), and of the gate's, as `before`."""
+        q, keys, values, weights = kept
+        groups, rows = keys.shape[1], self._keys.shape[2]
+        g = self._rows(gradient, groups)
+        s = torch._softmax_backward_data(g @ values.mT, weights, -1, weights.dtype)
+        dk, dv = s[..., rows:].mT @ q, weights[..., rows:].mT @ g  # what the row has seen needs none
+        gate = keys.shape[2] - rows - self._seen.shape[1]
+        return (
+            self._flat(s @ keys, gradient.shape[1]).mul_(scaling),
+            self._flat(dk[:, :, gate:], groups),
+            self._flat(dv[:, :, gate:], groups),
+            dk[:, :, :gate],
+            dv[:, :, :gate],
+        )
+
+    def _rows(self, x: Tensor, groups: int) -> Tensor:
+        """(rows · T, heads, width) to attention's order."""
+        tokens = self._seen.shape[1]
+        return x.view(-1, tokens, groups, x.shape[1] // groups, x.shape[2]).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+    def _flat(self, x: Tensor, heads: int) -> Tensor:
+        """And back."""
+        tokens = self._seen.shape[1]
+        return x.view(len(x), heads, tokens, x.shape[-1]).transpose(1, 2).reshape(-1, heads, x.shape[-1])
 
 
 class _Order(NamedTuple):

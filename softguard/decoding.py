@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softguard import frozen
 from softguard.adapters import Adapter
-from softguard.attention import Layout, flat_of, rows_of
+from softguard.attention import Beside, Layout, flat_of, rows_of
 from softguard.chat import Chat, align
 from softguard.gate import Gate
 from softguard.models import BaseModel
@@ -36,6 +36,9 @@ class Decoding(Protocol):
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but those at these indices."""
 
+    def closed(self, gate: Gate) -> Tensor:
+        """Last hidden states, (rows, hidden), of closings behind the rows that see the gate; gradients reach it. Comes last."""
+
 
 Begin = Callable[[Sequence[Sequence[int]], int], tuple[Output, Decoding]]  # prompts, new tokens at most
 
@@ -45,25 +48,26 @@ class Resident(NamedTuple):
 
     length: int
     begin: Begin
+    pads: bool  # whether rows begun together are as slow as the longest of them
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def make_resident(base: BaseModel, chat: Chat, adapter: Adapter | None, gate: Gate | None = None) -> Resident:
     """Run the constant prefix with `adapter`, or without, and keep it. With a `gate` every row also passes it."""
     return keep_prefix(base, constant_prefix(base, chat, adapter), gate)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def keep_prefix(base: BaseModel, prefix: ConstantPrefix, gate: Gate | None = None) -> Resident:
     """Run `prefix` and keep it."""
     if frozen.is_plain(base.model.get_decoder()):
         kept = _run_plain_prefix(base, prefix)
-        return Resident(prefix.length, lambda prompts, new: _PlainRows.begin(base, kept, prompts, new, gate))
-    cache = run_prefix(base, prefix)
-    return Resident(prefix.length, lambda prompts, new: _AnyRows.begin(base, cache, prompts, gate))
+        return Resident(prefix.length, lambda prompts, new: _PlainRows.begin(base, kept, prompts, new, gate), pads=False)
+    cache = _run_prefix(base, prefix)
+    return Resident(prefix.length, lambda prompts, new: _AnyRows.begin(base, cache, prompts, gate), pads=True)
 
 
-def run_prefix(base: BaseModel, prefix: ConstantPrefix) -> Any:
+def _run_prefix(base: BaseModel, prefix: ConstantPrefix) -> Any:
     """Transformers' cache of `prefix`, of one row."""
     cache = _empty_cache(base)
     for index, (keys, values) in enumerate(prefix.keys_values or ()):
@@ -72,17 +76,16 @@ def run_prefix(base: BaseModel, prefix: ConstantPrefix) -> Any:
     return cache
 
 
-def gated_log_odds(gate: Gate, prefix: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """A gate's log-odds of refusing, (prompts,), with gradients to it; `prefix` of `run_prefix` without one.
+def gated_log_odds(gate: Gate, prefix: Resident, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """A gate's log-odds of refusing, (prompts,), with gradients to it; `prefix` is kept without one.
 
     What comes before the closing does not depend on the gate, so the pass over it has none.
     """
     count, result = len(gate.closing), torch.zeros(len(prompts), device=gate.base.device)
-    for group in alike([len(prompt) for prompt in prompts]):
+    for group in alike([len(prompt) for prompt in prompts]) if prefix.pads else [list(range(len(prompts)))]:
         with torch.no_grad():
-            _, rows = _AnyRows.begin(gate.base, prefix, [prompts[i][:-count] for i in group])
-        log_odds = gate.log_odds(gate.hidden(rows.cache, rows.mask, rows.mask.sum(-1)))
-        result = result.index_copy(0, torch.tensor(group, device=result.device), log_odds)
+            _, rows = prefix.begin([prompts[i][:-count] for i in group], 0)
+        result = result.index_copy(0, torch.tensor(group, device=result.device), gate.log_odds(rows.closed(gate)))
     return result
 
 
@@ -144,35 +147,27 @@ class _PlainRows:
     ) -> tuple[Output, "_PlainRows"]:
         lengths = [len(prompt) for prompt in prompts]
         self = cls(base, prefix, lengths, new)
-        ids = torch.tensor([i for prompt in prompts for i in prompt], device=base.device)
-        at, count = Layout(0, lengths, prefix[0].keys), len(ids)
-        positions = torch.cat([self.start + torch.arange(n) for n in lengths]).to(base.device)
-        aside = None if gate is None else _Aside(self, gate)
+        groups = alike(lengths)
+        order = [i for group in groups for i in group]  # of the rows in the flat sequence
+        ids = torch.tensor([token for i in order for token in prompts[i]], device=base.device)
+        positions = torch.cat([self.start + torch.arange(lengths[i]) for i in order]).to(base.device)
+        together = [_Together(self, group) for group in groups]
+        sizes = [part.at.tokens for part in together]
+        count = len(ids)
+        aside = None if gate is None else _Aside(self, gate, self.start + self.lengths - len(gate.closing))
         if aside is not None:  # behind all rows, their closings once more
             ids, positions = torch.cat([ids, aside.ids]), torch.cat([positions, aside.positions])
 
-        width = self.start + at.width
-        tokens = torch.arange(width, device=base.device)
-        seen = tokens <= self.start + torch.arange(at.width, device=base.device)[:, None]  # (T, tokens); padding is behind
-
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            groups = k.shape[1]
-            for buffer, resident, own in zip(self.buffers[index], self.prefix[index], (k[:count], v[:count]), strict=True):
-                buffer[:, :, : self.start] = resident
-                buffer[:, :, self.start : width] = rows_of(own, groups, at).squeeze(2).transpose(0, 1)
-            keys, values = self.buffers[index]
-            rows = rows_of(q[:count], groups, at)
-            mixed = torch.nn.functional.scaled_dot_product_attention(
-                rows.transpose(0, 1).flatten(1, 2), keys[:, :, :width], values[:, :, :width], seen, scale=self.scaling,
-                enable_gqa=True,
-            )  # fmt: skip
-            mixed = mixed.view(len(lengths), groups, -1, *mixed.shape[2:]).transpose(0, 1)
-            mixed = flat_of(mixed.new_empty(0, mixed.shape[-1]), mixed, at)
-            return mixed if aside is None else torch.cat([mixed, aside.attend(index, q[count:], k[count:], v[count:])])
+            parts = zip(together, *(torch.split(x[:count], sizes) for x in (q, k, v)), strict=True)
+            mixed = [part.attend(index, *own) for part, *own in parts]
+            return torch.cat(mixed if aside is None else [*mixed, aside.attend(index, q[count:], k[count:], v[count:])])
 
         embeddings = base.model.get_input_embeddings()(ids)
         hidden = frozen.infer(self.decoder, embeddings, positions, attend)
-        output = self._output(hidden[self.lengths.cumsum(0) - 1])
+        place = torch.tensor(order, device=base.device)
+        last = torch.empty_like(place).index_copy_(0, place, self.lengths[place].cumsum(0) - 1)
+        output = self._output(hidden[last])
         return output if aside is None else output._replace(gated=hidden[count:][aside.last]), self
 
     def step(self, ids: Tensor) -> Output:
@@ -193,6 +188,11 @@ class _PlainRows:
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
         return self._output(hidden)
 
+    def closed(self, gate: Gate) -> Tensor:
+        aside = _Aside(self, gate, self.start + self.lengths)
+        embeddings = self.base.model.get_input_embeddings()(aside.ids)
+        return frozen.run_layers(self.decoder, embeddings, aside.positions, aside.layers, aside.gate)[aside.last]
+
     def keep(self, rows: Tensor) -> None:
         self.lengths = self.lengths[rows]
         self.longest = int(self.lengths.max())
@@ -203,33 +203,52 @@ class _PlainRows:
         return Output(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden)
 
 
-class _Aside:
-    """The closings of some rows once more, beside a gate: (rows · n,) tokens that see what stands before the rows' own."""
+class _Together:
+    """Some of the rows, alike in length, whose own tokens stand together in the flat sequence."""
 
-    def __init__(self, rows: _PlainRows, gate: Gate) -> None:
-        self.rows, self.count = rows, len(gate.closing)
+    def __init__(self, rows: _PlainRows, group: list[int]) -> None:
+        self.rows, self.at = rows, Layout(0, [int(rows.lengths[i]) for i in group], rows.prefix[0].keys)
         device = rows.lengths.device
-        before = rows.start + rows.lengths - self.count  # position of the closing's first token
-        self.gate = gate.turned(before)
+        # a slice is no copy: where all rows are alike and in order, what they see is read where it is kept
+        whole = group == list(range(len(rows.lengths)))
+        self.index: slice | Tensor = slice(None) if whole else torch.tensor(group, device=device)
+        self.width = rows.start + self.at.width
+        tokens = torch.arange(self.width, device=device)
+        self.seen = tokens <= rows.start + torch.arange(self.at.width, device=device)[:, None]  # padding is behind
+
+    def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As of `frozen.infer`; puts the rows' keys and values into their buffers."""
+        groups, start = k.shape[1], self.rows.start
+        for buffer, resident, own in zip(self.rows.buffers[index], self.rows.prefix[index], (k, v), strict=True):
+            buffer[self.index, :, :start] = resident
+            buffer[self.index, :, start : self.width] = rows_of(own, groups, self.at).squeeze(2).transpose(0, 1)
+        keys, values = (buffer[self.index, :, : self.width] for buffer in self.rows.buffers[index])
+        rows = rows_of(q, groups, self.at)
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            rows.transpose(0, 1).flatten(1, 2), keys, values, self.seen, scale=self.rows.scaling, enable_gqa=True
+        )
+        mixed = mixed.view(self.at.rows, groups, -1, *mixed.shape[2:]).transpose(0, 1)
+        return flat_of(mixed.new_empty(0, mixed.shape[-1]), mixed, self.at)
+
+
+class _Aside:
+    """Closings beside a gate: (rows · n,) tokens that see what stands before positions `before` (rows,), where they begin."""
+
+    def __init__(self, rows: _PlainRows, gate: Gate, before: Tensor) -> None:
+        device, count = before.device, len(gate.closing)
+        self.rows, self.gate = rows, gate.turned(before)
         self.ids = torch.tensor(gate.closing, device=device).repeat(len(before))
-        self.positions = (before[:, None] + torch.arange(self.count, device=device)).flatten()
-        self.last = torch.arange(self.count - 1, len(self.ids), self.count, device=device)
-        self.width = rows.start + rows.longest
-        there = (torch.arange(self.width, device=device) < before[:, None])[:, None, None].expand(-1, 1, self.count, -1)
-        own = torch.ones(self.count, gate.n_soft + self.count, dtype=torch.bool, device=device).tril(gate.n_soft)
-        self.seen = torch.cat([there, own.expand(len(before), 1, -1, -1)], dim=-1)  # (rows, 1, n, tokens, gate and n)
+        self.positions = (before[:, None] + torch.arange(count, device=device)).flatten()
+        self.last = torch.arange(count - 1, len(self.ids), count, device=device)
+        width = rows.start + rows.longest
+        there = (torch.arange(width, device=device) < before[:, None])[:, None].expand(-1, count, -1)
+        own = torch.ones(count, gate.n_soft + count, dtype=torch.bool, device=device).tril(gate.n_soft)
+        seen = torch.cat([there, own.expand(len(before), -1, -1)], dim=-1)  # (rows, n, tokens, gate and n)
+        self.layers = [Beside(kept.keys[:, :, :width], kept.values[:, :, :width], seen) for kept in rows.buffers]
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As of `frozen.infer`, after the rows' own keys and values of the layer are in their buffers."""
-        q, k, v = (x.view(-1, self.count, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # (rows, heads, n, width)
-        keys, values = (
-            torch.cat([buffer[:, :, : self.width], gate, own], dim=2)
-            for buffer, gate, own in zip(self.rows.buffers[index], self.gate[index], (k, v), strict=True)
-        )
-        mixed = torch.nn.functional.scaled_dot_product_attention(
-            q, keys, values, self.seen, scale=self.rows.scaling, enable_gqa=True
-        )
-        return mixed.transpose(1, 2).flatten(0, 1)
+        return self.layers[index].attend(q, k, v, self.rows.scaling, self.gate[index])[0]
 
 
 class _AnyRows:
@@ -261,6 +280,9 @@ class _AnyRows:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         self.positions = self.positions[:, -1:] + 1
         return self._run(ids[:, None])
+
+    def closed(self, gate: Gate) -> Tensor:
+        return gate.hidden(self.cache, self.mask, self.mask.sum(-1))
 
     def keep(self, rows: Tensor) -> None:
         self.cache.batch_select_indices(rows)

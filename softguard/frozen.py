@@ -6,14 +6,25 @@ functions that keep what they need. Layers of another make than `is_plain` knows
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from softguard.attention import Layout, attend, attend_backward
-
 KeysValues = Sequence[tuple[Tensor, Tensor]]  # of every layer, (key heads, tokens, width) each
+
+
+class Attention(Protocol):
+    """What the tokens of one pass see in one layer: an `attention.Layout`, or an `attention.Beside`."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scaling: float, before: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(tokens, heads, width) like the queries, and what `backward` needs; `before`: keys and values that are no token's."""
+
+    def backward(self, gradient: Tensor, kept: Sequence[Tensor], scaling: float) -> tuple[Tensor, ...]:
+        """Gradients of queries, keys, values, and of `before`'s keys and values."""
+
 
 _PLAIN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 
@@ -52,33 +63,42 @@ def infer(
     return decoder.norm(hidden)  # type: ignore[no-any-return]
 
 
-def run_layers(decoder: Any, embeddings: Tensor, positions: Tensor, at: Layout, before: KeysValues | None = None) -> Tensor:
+def run_layers(
+    decoder: Any, embeddings: Tensor, positions: Tensor, seen: Sequence[Attention], before: KeysValues | None = None
+) -> Tensor:
     """Last hidden states, (tokens, hidden), of embeddings (tokens, hidden) at `positions` (tokens,).
 
-    `before`: by layer, the keys and values (key heads, at.before, width) that stand before all tokens.
+    `seen`: by layer, its attention. `before`: by layer, keys and values that stand before tokens and are none's, shaped as
+    that attention has them.
     """
     hidden, turn = embeddings, _turns(decoder, embeddings, positions)
     for index, layer in enumerate(decoder.layers):
         keys, values = (None, None) if before is None else before[index]
-        hidden = _Layer.apply(hidden, keys, values, layer, turn, at)  # type: ignore[no-untyped-call]
+        hidden = _Layer.apply(hidden, keys, values, layer, turn, seen[index])  # type: ignore[no-untyped-call]
     return decoder.norm(hidden)  # type: ignore[no-any-return]
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, keys: Tensor | None, values: Tensor | None, layer: Any, turn: tuple[Tensor, Tensor], at: Layout
+        ctx: Any,
+        x: Tensor,
+        keys: Tensor | None,
+        values: Tensor | None,
+        layer: Any,
+        turn: tuple[Tensor, Tensor],
+        seen: Attention,
     ) -> Tensor:
         attention, mlp = layer.self_attn, layer.mlp
         first, first_scale = _norm(x, layer.input_layernorm)
         before = None if keys is None or values is None else (keys, values)
-        mixed, kept = attend(*_queries_keys_values(attention, first, turn), attention.scaling, at, before)
+        mixed, kept = seen.attend(*_queries_keys_values(attention, first, turn), attention.scaling, before)
         middle = attention.o_proj(mixed.flatten(1)).add_(x)
         second, second_scale = _norm(middle, layer.post_attention_layernorm)
         gate, up = mlp.gate_proj(second), mlp.up_proj(second)
         opened = torch.nn.functional.silu(gate)
         ctx.save_for_backward(x, first_scale, middle, second_scale, gate, up, opened, *kept)
-        ctx.layer, ctx.turn, ctx.at = layer, turn, at
+        ctx.layer, ctx.turn, ctx.seen, ctx.has_before = layer, turn, seen, before is not None
         return mlp.down_proj(opened * up).add_(middle)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -91,14 +111,12 @@ class _Layer(torch.autograd.Function):
         into_second = torch.addmm(into_gate @ mlp.gate_proj.weight, into_up, mlp.up_proj.weight)
         into_middle = _norm_backward(into_second, middle, second_scale, ctx.layer.post_attention_layernorm).add_(outer)
         into_mixed = into_middle @ attention.o_proj.weight
-        q, k, v, keys, values = attend_backward(
-            into_mixed.view(len(x), -1, attention.head_dim), kept, attention.scaling, ctx.at
-        )
+        q, k, v, keys, values = ctx.seen.backward(into_mixed.view(len(x), -1, attention.head_dim), kept, attention.scaling)
         q, k = _turn(q, cos, -sin), _turn(k, cos, -sin)  # a rotation's transpose is the rotation back
         into_first = torch.addmm(q.flatten(1) @ attention.q_proj.weight, k.flatten(1), attention.k_proj.weight)
         into_first = into_first.addmm_(v.flatten(1), attention.v_proj.weight)
         into_x = _norm_backward(into_first, x, first_scale, ctx.layer.input_layernorm).add_(into_middle)
-        before = (keys, values) if ctx.at.before else (None, None)
+        before = (keys, values) if ctx.has_before else (None, None)
         return into_x, *before, None, None, None
 
 

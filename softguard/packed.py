@@ -37,7 +37,7 @@ def packed_hidden(
     at = Layout(length, lengths, prefix.embeddings, before)
     decoder = base.model.get_decoder()
     if frozen.is_plain(decoder) and not changed_inside(decoder):
-        hidden = frozen.run_layers(decoder, embeddings, positions, at, prefix.keys_values)
+        hidden = frozen.run_layers(decoder, embeddings, positions, [at] * len(decoder.layers), prefix.keys_values)
     else:
         hidden = _run_any(decoder, embeddings, positions, at, prefix.keys_values)
     return list(torch.split(hidden[kept], list(wanted)))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from softguard.adapted import adapted
 from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.corpus import Example
-from softguard.decoding import gated_log_odds, run_prefix
+from softguard.decoding import Resident, gated_log_odds, keep_prefix
 from softguard.divergences import token_tv
 from softguard.gate import Gate
 from softguard.kernels import log_law, selected_log_probs
@@ -47,12 +47,11 @@ class Passes:
     def log_odds(self, examples: Sequence[Example]) -> Tensor:
         """A gate's log-odds of refusing the examples' prompts, (examples,); gradients reach the adapter."""
         gate = Gate.of(self.base, self.chat, self.adapter)
-        return gated_log_odds(gate, self._teacher_cache, [self.chat.encode(e.prompt) for e in examples])
+        return gated_log_odds(gate, self._resident, [self.chat.encode(e.prompt) for e in examples])
 
     @cached_property
-    def _teacher_cache(self) -> Any:
-        with torch.no_grad():
-            return run_prefix(self.base, self._teacher_prefix)
+    def _resident(self) -> Resident:
+        return keep_prefix(self.base, self._teacher_prefix)
 
     def log_probs(self, hidden: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> Tensor:
         """Log-probabilities, (all tokens,), of the answers' tokens from the hidden states that predict them."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from softguard import attention
-from softguard.attention import LONG, Layout, attend, attend_backward
+from softguard.attention import LONG, Beside, Layout, attend, attend_backward
 
 WIDTH = 4
 
@@ -124,3 +124,31 @@ def test_rows_do_not_see_each_other() -> None:
     after, _ = attend(q, k, v, 1.0, at)
     assert torch.equal(before[5:], after[5:])
     assert not torch.equal(before[3:5], after[3:5])
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
+def test_tokens_beside_a_gate_see_their_row_the_gate_and_each_other(heads: tuple[int, int]) -> None:
+    lengths, gates, tokens = [3, 5, 1], 2, 4  # of the rows, of the gate, of what stands beside it
+    count = len(lengths)
+    rows = [random(count, heads[1], 5, WIDTH, seed=i) for i in (1, 2)]  # padded with what must not be seen
+    gate = [random(count, heads[1], gates, WIDTH, seed=i).requires_grad_() for i in (3, 4)]
+    q = random(count * tokens, heads[0], WIDTH, seed=5).requires_grad_()
+    own = [random(count * tokens, heads[1], WIDTH, seed=i).requires_grad_() for i in (6, 7)]
+
+    def seen(part: int, i: int) -> Tensor:
+        mine = own[part][i * tokens :][:tokens]
+        return torch.cat([rows[part][i, :, : lengths[i]].transpose(0, 1), gate[part][i].transpose(0, 1), mine])
+
+    expected = torch.cat(
+        [token_by_token(q[i * tokens :][:tokens], seen(0, i), seen(1, i), 0.7, tokens, []) for i in range(count)]
+    )
+    outer = random(*expected.shape, seed=9)
+    theirs = torch.autograd.grad((outer * expected).sum(), (q, *own, *gate))
+    there = (torch.arange(5) < torch.tensor(lengths)[:, None])[:, None].expand(-1, tokens, -1)
+    later = torch.ones(tokens, gates + tokens, dtype=torch.bool).tril(gates).expand(count, -1, -1)
+    beside = Beside(rows[0], rows[1], torch.cat([there, later], dim=-1))
+    with torch.no_grad():
+        out, kept = beside.attend(q, own[0], own[1], 0.7, (gate[0], gate[1]))
+        gradients = beside.backward(outer, kept, 0.7)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(gradients, theirs)

@@ -11,7 +11,7 @@ from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 from softguard import frozen
 from softguard.adapters import VECTORS, Adapter
 from softguard.chat import Chat, Turn
-from softguard.decoding import gated_log_odds, make_resident, run_prefix
+from softguard.decoding import gated_log_odds, keep_prefix, make_resident
 from softguard.drift import measure_drift
 from softguard.engine import Engine, _refused
 from softguard.errors import SoftguardError
@@ -119,12 +119,16 @@ def test_a_model_without_rotary_positions_has_its_keys_as_they_are(small: BaseMo
         torch.testing.assert_close(hidden, alone.last_hidden_state[0, -1], rtol=1e-4, atol=1e-4)
 
 
-def test_training_sees_the_log_odds_of_the_pass_and_reaches_every_key_and_value(small: BaseModel, chat: Chat) -> None:
+@pytest.mark.parametrize("plain", [True, False], ids=["written out", "by transformers"])
+def test_training_sees_the_log_odds_of_the_pass_and_reaches_every_key_and_value(
+    small: BaseModel, chat: Chat, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    monkeypatch.setattr(frozen, "is_plain", lambda decoder: plain)
     adapter = gate_adapter(small)
     vectors = adapter.vectors.clone().requires_grad_()
     gate = Gate.of(small, chat, replace(adapter, tensors={VECTORS: vectors}))
     rows = [chat.encode(text) for text in ROWS]
-    odds = gated_log_odds(gate, run_prefix(small, constant_prefix(small, chat, None)), rows)
+    odds = gated_log_odds(gate, keep_prefix(small, constant_prefix(small, chat, None)), rows)
     for value, row in zip(odds, rows, strict=True):
         with torch.no_grad():
             law = small.model.get_output_embeddings()(one_row(small, chat, adapter, row)).softmax(-1)
@@ -134,6 +138,22 @@ def test_training_sees_the_log_odds_of_the_pass_and_reaches_every_key_and_value(
     assert vectors.grad is not None
     layers = small.model.config.num_hidden_layers
     assert (vectors.grad.view(len(vectors), 2 * layers, -1).abs().amax(-1) > 0).all()
+
+
+def test_the_gradient_of_the_written_out_pass_is_that_of_transformers(
+    small: BaseModel, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, rows = gate_adapter(small), [chat.encode(text) for text in [*ROWS, " ".join(ROWS) * 3]]  # of unlike lengths
+    found = []
+    for plain in (True, False):
+        monkeypatch.setattr(frozen, "is_plain", lambda decoder, plain=plain: plain)
+        vectors = adapter.vectors.clone().requires_grad_()
+        gate = Gate.of(small, chat, replace(adapter, tensors={VECTORS: vectors}))
+        odds = gated_log_odds(gate, keep_prefix(small, constant_prefix(small, chat, None)), rows)
+        (odds * torch.arange(1.0, 1 + len(rows))).sum().backward()  # type: ignore[no-untyped-call]
+        assert vectors.grad is not None
+        found.append((odds.detach(), vectors.grad))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
 def forced(monkeypatch: pytest.MonkeyPatch, *odds: float) -> None:
