@@ -85,7 +85,7 @@ def our_trainer(base: BaseModel, shape: Shape, keep_hidden: bool) -> _Trainer:
         None,
         ["distil.adapter=soft_prompt", "distil.objective=kl", f"distil.n_soft={N_SOFT}", f"distil.batch_size={shape.batch}"],
     )
-    trainer = _Trainer(recipe, cast(Corpus, _Answers([])), Path("unused"), base)
+    trainer = _Trainer(recipe, cast(Corpus, Answers([])), Path("unused"), base)
     chat = trainer.passes.chat
     prompt = next(t for n in range(shape.prompt) if len(chat.encode(t := " ".join(["the"] * n))) == shape.prompt)
     answers = random_ids(shape.batch, shape.response)
@@ -94,20 +94,25 @@ def our_trainer(base: BaseModel, shape: Shape, keep_hidden: bool) -> _Trainer:
         rows = [chat.encode(prompt) + ids[:-1] for ids in answers]
         states = list(trainer.passes.teacher(rows, [shape.response] * shape.batch))
     examples = [Example(prompt, "", 0.0, (Draw(tuple(ids), 1.0, 1.0, h),)) for ids, h in zip(answers, states, strict=True)]
-    trainer.corpus = cast(Corpus, _Answers(examples))
+    trainer.corpus = cast(Corpus, Answers(examples))
     return trainer
 
 
 @dataclass
-class _Answers:
+class Answers:
     """As much of a corpus as a step asks for."""
 
     all: list[Example]
     fingerprint: str = ""
-    manifest: Mapping[str, list[str]] = field(default_factory=lambda: {"guard": ["none"], "refusals": ["No."]})
+    manifest: Mapping[str, list[str] | None] = field(
+        default_factory=lambda: {"guard": ["none"], "refusals": ["No."], "threshold": None}
+    )
 
     def examples(self, split: str, indices: list[int]) -> list[Example]:
         return [self.all[i] for i in indices]
+
+    def size(self, split: str) -> int:
+        return len(self.all)
 
 
 def random_ids(rows: int, tokens: int) -> list[list[int]]:

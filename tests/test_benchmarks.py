@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import draw, step
+from benchmarks import draw, gate, step
 from softguard.chat import Chat
 from softguard.engine import Engine
 from softguard.models import BaseModel
@@ -21,6 +21,13 @@ def test_a_step_moves_the_vectors_and_its_products_can_be_made_again(small: Base
     step.products(small, one)()
     one()  # the first step of a warm-up has no rate
     assert not torch.equal(trainer.student.vectors.detach(), before)
+
+
+def test_a_gate_steps_both_ways_alike(small: BaseModel) -> None:
+    sides = gate.sides(small, 3)
+    losses = [sides[name]().safe for name in ("softguard", "by transformers")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    sides["products of softguard"]()
 
 
 def test_peers_step_too(small_folder: object) -> None:
