@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the public JSONL files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--public", type=int, default=2000, help="public prompts among them")
-    parser.add_argument("--wrapped", type=int, default=600, help="wrapped prompts among them")
+    parser.add_argument("--wrapped", type=int, default=1600, help="wrapped prompts among them")
     options = parser.parse_args()
     packaged = [(prompt.text, prompt.label) for prompt in read_prompts("packaged:train")]
     sources = Sources(options.data)
