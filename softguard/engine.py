@@ -97,8 +97,13 @@ class Engine:
                 shown = text
         yield self._text(made)[len(shown) :]
 
-    def log_odds(self, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """A gate's log-odds of refusing single-turn prompts, (prompts,); −∞ without a gate, which nothing else refuses by."""
+    def log_odds(
+        self, prompts: Sequence[str], batch_size: int = 64, progress: Callable[[int], None] = lambda done: None
+    ) -> Tensor:
+        """A gate's log-odds of refusing single-turn prompts, (prompts,); −∞ without a gate, which nothing else refuses by.
+
+        `progress` is told how many prompts each finished batch held.
+        """
         if self.gate is None:
             return torch.full((len(prompts),), -torch.inf)
         encoded = [self.chat.encode(prompt) for prompt in prompts]
@@ -109,18 +114,26 @@ class Engine:
             output, _ = self.prefix.begin([encoded[i] for i in batch], 0)
             assert output.gated is not None
             result[batch] = self.gate.log_odds(output.gated).cpu().float()
+            progress(len(batch))
         return result
 
-    def refuses(self, prompts: Sequence[str], batch_size: int = 64) -> list[bool]:
+    def refuses(
+        self, prompts: Sequence[str], batch_size: int = 64, progress: Callable[[int], None] = lambda done: None
+    ) -> list[bool]:
         """Which prompts a gate refuses in greedy answers; none without a gate."""
-        return (~(self.log_odds(prompts, batch_size) < 0)).tolist()  # what is no number refuses
+        return (~(self.log_odds(prompts, batch_size, progress) < 0)).tolist()  # what is no number refuses
 
     def refuse_some(
-        self, prompts: Sequence[str], answers: Sequence[str], max_new_tokens: int, batch_size: int = 64
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        max_new_tokens: int,
+        batch_size: int = 64,
+        progress: Callable[[int], None] = lambda done: None,
     ) -> list[str]:
         """What `generate` says greedily with a gate, given the base's greedy `answers`, of which none has to be made again."""
         refusal = self._text(self.gate.refusal[:max_new_tokens]) if self.gate is not None else ""
-        refused = self.refuses(prompts, batch_size)
+        refused = self.refuses(prompts, batch_size, progress)
         return [refusal if no else answer for no, answer in zip(refused, answers, strict=True)]
 
     def _text(self, ids: Sequence[int]) -> str:

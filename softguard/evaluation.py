@@ -134,7 +134,7 @@ def evaluate(
             if name == "safe_system":
                 answers[name][suite.name] = system.answer(suite.prompts, base_texts, recipe.seed)
             else:
-                answers[name][suite.name] = base_texts if name == "base" else run.answers(name, suite)
+                answers[name][suite.name] = base_texts if name == "base" else run.answers(name, suite, base_texts)
         texts_of = {name: texts[suite.name] for name, texts in answers.items()}
         rows += run.graded(suite, texts_of, judge, others)
     cost = measure_cost(base, run.engines["base"], system, adapter, run.engines.get("distilled"))
@@ -183,18 +183,15 @@ class _Run:
         self._identity: dict[System, str] = {"base": "", "distilled": identity}
         self.outcomes: list[Outcomes] = []
 
-    def answers(self, name: System, suite: Suite) -> list[str]:
-        """What base or distilled model answers greedily."""
+    def answers(self, name: System, suite: Suite, base_texts: Sequence[str] = ()) -> list[str]:
+        """What base or distilled model answers greedily; a gate needs the base's, which it refuses or says."""
         config = self.recipe.evaluate
 
         engine = self.engines[name]
 
         def make(told: Callable[[int], None]) -> list[Any]:
             if engine.gate is not None:
-                base_texts = self.answers("base", suite)
-                texts = engine.refuse_some(suite.prompts, base_texts, config.max_new_tokens, config.batch_size)
-                told(len(texts))
-                return texts
+                return engine.refuse_some(suite.prompts, base_texts, config.max_new_tokens, config.batch_size, told)
             generated = engine.generate(suite.prompts, config.max_new_tokens, config.batch_size, progress=told)
             return [response.text for response in generated]
 

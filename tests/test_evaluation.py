@@ -210,7 +210,7 @@ def test_a_question_that_a_gate_refuses_is_not_answered(
     gate = replace(random_adapter(small, "gate"), facts={"refusal": recipe.system.refusal})
 
     def right(out: Path, *odds: float) -> list[float]:
-        monkeypatch.setattr(Engine, "log_odds", lambda self, prompts, batch_size=64: torch.tensor(odds))
+        monkeypatch.setattr(Engine, "log_odds", lambda self, prompts, *_: torch.tensor(odds))
         kept = run(wanted, out, small, gate).outcomes
         return next(list(o.values) for o in kept if (o.system, o.metric) == ("distilled", "accuracy"))
 

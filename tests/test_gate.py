@@ -249,7 +249,9 @@ def test_drift_is_that_of_the_mixture(small: BaseModel, monkeypatch: pytest.Monk
 
 def test_log_odds_are_given_in_the_order_of_the_prompts(small: BaseModel) -> None:
     engine = Engine(small, gate_adapter(small))
-    together = engine.log_odds(ROWS, batch_size=2)
+    told: list[int] = []
+    together = engine.log_odds(ROWS, batch_size=2, progress=told.append)
+    assert told == [2, 1]
     alone = torch.cat([engine.log_odds([text]) for text in ROWS])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     assert Engine(small).log_odds(ROWS).tolist() == [-torch.inf] * 3
