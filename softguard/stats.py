@@ -8,8 +8,7 @@ import numpy as np
 CONFIDENCE = 0.95
 _RESAMPLES = 10_000
 
-Matrix = np.ndarray[Any, np.dtype[np.float64]]  # two axes
-Vector = np.ndarray[Any, np.dtype[np.float64]]
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Estimate(NamedTuple):
@@ -31,47 +30,33 @@ def share(hits: Sequence[bool]) -> Estimate:
     return Estimate(float(np.mean(hits)), float(interval.low), float(interval.high), len(hits))
 
 
-def mean(values: Sequence[float], seed: int = 0) -> Estimate:
-    """Mean over prompts with a percentile bootstrap interval. Raises ValueError if there is nothing to average."""
-    if not len(values):
+def mean(values: Sequence[float] | Array, seed: int = 0) -> Estimate:
+    """Mean over (prompts,) or (seeds, prompts) values, with a percentile bootstrap interval that draws both again.
+
+    Of few seeds it is too narrow, as any bootstrap of few. Raises ValueError if there is nothing to average.
+    """
+    array = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    if not array.size:
         raise ValueError("no prompts to average")
-    array = np.asarray([values], dtype=np.float64)
-    return Estimate(float(array.mean()), *_ends(_resampled_means(array, seed)[0]), array.shape[1])
+    return Estimate(float(array.mean()), *_ends(_resampled_means(array, seed)), array.shape[1])
 
 
-def gap_closed(base: Sequence[bool], system: Sequence[bool], student: Sequence[bool], seed: int = 0) -> Estimate | None:
+def gap_closed(
+    base: Sequence[bool] | Array, system: Sequence[bool] | Array, student: Sequence[bool] | Array, seed: int = 0
+) -> Estimate | None:
     """Share of the safety gap between base and system that the student closes, (student − base) / (system − base).
 
-    The three are safe/unsafe on the same prompts, resampled together. None where the system is no safer than the base;
-    resamples without a gap are left out of the interval.
+    The three are safe/unsafe on the same prompts, resampled together, the student by (seeds, prompts) if it has several. None
+    where the system is no safer than the base; resamples without a gap are left out of the interval.
     """
-    columns = np.asarray([base, system, student], dtype=np.float64)
-    whole = columns.mean(axis=1)
-    if whole[1] <= whole[0]:
+    sides = [np.atleast_2d(np.asarray(side, dtype=np.float64)) for side in (base, system, student)]
+    below, above, reached = (float(side.mean()) for side in sides)
+    if above <= below:
         return None
-    means = _resampled_means(columns, seed)
-    gap = means[1] - means[0]
-    closed = (means[2] - means[0])[gap > 0] / gap[gap > 0]
-    return Estimate(float((whole[2] - whole[0]) / (whole[1] - whole[0])), *_ends(closed), columns.shape[1])
-
-
-def nested_mean(values: Matrix, seed: int = 0) -> Estimate:
-    """Mean of (seeds, prompts) values, with a percentile bootstrap interval that draws both seeds and prompts again.
-
-    Of few seeds it is too narrow, as any bootstrap of few.
-    """
-    return Estimate(float(values.mean()), *_ends(_nested_means(values, seed)), values.shape[1])
-
-
-def nested_gap_closed(base: Vector, system: Vector, students: Matrix, seed: int = 0) -> Estimate | None:
-    """As `gap_closed`, of several seeds of a student, (seeds, prompts): prompts are drawn again together, seeds as well."""
-    if system.mean() <= base.mean():
-        return None
-    below, above, within = (_nested_means(values, seed) for values in (base[None], system[None], students))
-    gap = above - below
-    closed = (within - below)[gap > 0] / gap[gap > 0]
-    value = (students.mean() - base.mean()) / (system.mean() - base.mean())
-    return Estimate(float(value), *_ends(closed), len(base))
+    least, most, means = (_resampled_means(side, seed) for side in sides)
+    gap = most - least
+    closed = (means - least)[gap > 0] / gap[gap > 0]
+    return Estimate((reached - below) / (above - below), *_ends(closed), sides[0].shape[1])
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -104,16 +89,12 @@ def pareto(points: Sequence[Sequence[float]]) -> list[bool]:
     return [not any(beats(other, point) for other in points) for point in points]
 
 
-def _resampled_means(columns: Matrix, seed: int) -> Matrix:
-    """(columns, resamples) means of (columns, n) values, all columns resampled together; a hundred resamples at a time."""
-    rng, n = np.random.default_rng(seed), columns.shape[1]
-    parts = [columns[:, rng.integers(0, n, size=(100, n))].mean(axis=2) for _ in range(_RESAMPLES // 100)]
-    return np.concatenate(parts, axis=1)
+def _resampled_means(values: Array, seed: int) -> Array:
+    """(resamples,) means of (seeds, prompts) values, a hundred resamples at a time.
 
-
-def _nested_means(values: Matrix, seed: int) -> Vector:
-    """(resamples,) means of (seeds, prompts) values; of one `seed` and number of prompts, the prompts drawn are the same."""
-    of_prompts, of_seeds = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
+    Of one `seed` and number of prompts the prompts drawn are the same.
+    """
+    of_prompts, of_seeds = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     count, n = values.shape
     parts = []
     for _ in range(_RESAMPLES // 100):
@@ -122,7 +103,7 @@ def _nested_means(values: Matrix, seed: int) -> Vector:
     return np.concatenate(parts)
 
 
-def _ends(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
+def _ends(values: Array) -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)

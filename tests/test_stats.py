@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from softguard.stats import CONFIDENCE, gap_closed, holm, mcnemar, mean, nested_gap_closed, nested_mean, pareto, share
+from softguard.stats import CONFIDENCE, gap_closed, holm, mcnemar, mean, pareto, share
 
 
 def binomial_tail(n: int, hits: int, p: float) -> float:
@@ -119,21 +119,21 @@ def test_an_interval_over_seeds_and_prompts_has_the_width_of_both() -> None:
     """Of effects of seeds and of prompts that add up, the variances of the mean add up too."""
     rng = np.random.default_rng(5)
     seeds, prompts = rng.normal(0, 1, size=30), rng.normal(0, 4, size=500)
-    found = nested_mean(seeds[:, None] + prompts)
+    found = mean(seeds[:, None] + prompts)
     assert found.value == pytest.approx(seeds.mean() + prompts.mean())
     width = 2 * 1.96 * math.sqrt(seeds.var() / 30 + prompts.var() / 500)
     assert found.high - found.low == pytest.approx(width, rel=0.05)
     assert found.n == 500
-    one = nested_mean(prompts[None])
+    one = mean(prompts[None])
     assert one.high - one.low == pytest.approx(2 * 1.96 * prompts.std() / math.sqrt(500), rel=0.05)
 
 
 def test_gap_closed_by_seeds_draws_prompts_of_all_systems_together() -> None:
     base, system = np.array(flags(50, 100), float), np.array(flags(90, 100), float)
-    assert nested_gap_closed(base, system, np.stack([system] * 3)) == pytest.approx((1, 1, 1, 100))
-    found = nested_gap_closed(base, system, np.stack([system, base]))  # a seed that learns all, and one that learns nothing
+    assert gap_closed(base, system, np.stack([system] * 3)) == pytest.approx((1, 1, 1, 100))
+    found = gap_closed(base, system, np.stack([system, base]))  # a seed that learns all, and one that learns nothing
     assert found == pytest.approx((0.5, 0, 1, 100))
-    assert nested_gap_closed(system, base, system[None]) is None
+    assert gap_closed(system, base, system[None]) is None
 
 
 def test_a_gap_that_resamples_lose_still_has_finite_ends() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from softguard.errors import SoftguardError
 from softguard.files import write_json, write_text
 from softguard.report.exhibits import EXHIBITS, SOURCE, Exhibit, Line, Row, by_method, lines_of, with_methods
-from softguard.report.summary import figures, summary, table
+from softguard.report.summary import Figure, figures, summary, table
 from softguard.report.svg import Curve, Dot, Point, curves, dots, plane
 from softguard.report.tradeoffs import AXES, TESTED, Comparison, Member, comparisons, front, standings
 from softguard.study.table import NAME, join_tables, write_rows
@@ -60,13 +60,14 @@ def write_study(tables: Sequence[Path], suites: Sequence[str], folder: Path, pag
     standing = standings(measured, suites)
     tested = comparisons(standing)
     write_text(folder / "tests.csv", _csv(Comparison._fields, tested))
-    write_json(folder.with_name(f"{folder.name}.json"), summary(measured))
+    beside = figures(measured)
+    write_json(folder.with_name(f"{folder.name}.json"), summary(measured, beside))
 
     parts = [made for axes in AXES for made in _front(axes, front(standing, axes), tested, folder)]
     parts += [_exhibit(exhibit, lines, folder) for exhibit, lines in found.items() if lines]
     parts += _curves(measured, folder)
     where = os.path.relpath(folder, page.parent)
-    text = [*_head(measured, suites, where), *_beside(measured, where)]
+    text = [*_head(measured, suites, where), *_beside(beside, where)]
     for part in parts:
         text += [
             f"## {part.title}",
@@ -98,14 +99,14 @@ def _head(rows: Sequence[Row], suites: Sequence[str], where: str) -> list[str]:
     ]
 
 
-def _beside(rows: Sequence[Row], where: str) -> list[str]:
+def _beside(found: Sequence[Figure], where: str) -> list[str]:
     return [
         "## Every row beside base and safe system",
         "",
         "Mean over seeds, with 95 % intervals over prompts and seeds (bootstrap of both; perplexity: the outermost ends of "
         f"the seeds'). These and all others, for programs: [{os.path.basename(where)}.json]({where}.json).",
         "",
-        *table(figures(rows)),
+        *table(found),
     ]
 
 

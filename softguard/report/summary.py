@@ -58,8 +58,8 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
     return found
 
 
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """`figures` with what they were made by, for a JSON file."""
+def summary(rows: Sequence[Row], found: Sequence[Figure]) -> dict[str, Any]:
+    """The figures of measured rows with what they were made by, for a JSON file."""
     named = {
         name: sorted({row[name] for row in rows})
         for name in ("base", "base_fingerprint", "guard", "judge", "corpus", "seed", "learning_rate")
@@ -69,7 +69,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "schema": SCHEMA,
         **named,
         "versions": [json.loads(text) for text in versions],
-        "figures": [figure._asdict() for figure in figures(rows)],
+        "figures": [figure._asdict() for figure in found],
     }
 
 
@@ -93,7 +93,8 @@ def table(found: Sequence[Figure]) -> list[str]:
 def _cell(figure: Figure | None, scale: int, digits: int) -> str:
     if figure is None:
         return "–"
-    value, low, high, least, most = (f"{scale * x + 0:.{digits}f}" for x in figure[4:9])
+    shown = (figure.value, figure.low, figure.high, figure.least, figure.most)
+    value, low, high, least, most = (f"{scale * x + 0:.{digits}f}" for x in shown)
     return f"{value} [{low}, {high}]" + (f", seeds {least} to {most}" if figure.seeds > 1 else "")
 
 
@@ -104,20 +105,20 @@ def _estimates(kept: Sequence[Row], system: str, suite: str, metric: str) -> lis
     ends = min(m["low"] for m in found), max(m["high"] for m in found)
     plain = stats.Estimate(float(np.mean(each)), *ends, found[0]["n"])
     if metric in _BOOTSTRAPPED:
-        return [(metric, stats.nested_mean(_outcomes(kept, system, suite, metric)), each)]
+        return [(metric, stats.mean(_outcomes(kept, system, suite, metric)), each)]
     if metric == "gap_closed":
         safe = {name: _outcomes(kept, name, suite, "safety") for name in (*SYSTEMS, "distilled")}
-        closed = stats.nested_gap_closed(safe["base"][0], safe["safe_system"][0], safe["distilled"])
+        closed = stats.gap_closed(safe["base"][0], safe["safe_system"][0], safe["distilled"])
         return [(metric, closed, each)] if closed is not None else []
     if metric == "over_refusal" and system == "distilled":
         system_refuses = _outcomes(kept[:1], "safe_system", suite, metric)[0]
         change = _outcomes(kept, system, suite, metric) - system_refuses
         by_seed = [float(x) for x in change.mean(axis=1)]
-        return [(metric, plain, each), ("over_refusal_change", stats.nested_mean(change), by_seed)]
+        return [(metric, plain, each), ("over_refusal_change", stats.mean(change), by_seed)]
     return [(metric, plain, each)]
 
 
-def _outcomes(rows: Sequence[Row], system: str, suite: str, metric: str) -> stats.Matrix:
+def _outcomes(rows: Sequence[Row], system: str, suite: str, metric: str) -> stats.Array:
     """(seeds, prompts) figures of every single prompt."""
     found = [metric_of(row, system, suite, metric) for row in rows]
     return np.array([m["outcomes"] for m in found if m is not None], dtype=np.float64)
