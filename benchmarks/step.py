@@ -108,7 +108,7 @@ class Answers:
         default_factory=lambda: {"guard": ["none"], "refusals": ["No."], "threshold": None}
     )
 
-    def examples(self, split: str, indices: list[int]) -> list[Example]:
+    def examples(self, split: str, indices: list[int], caches: bool = False) -> list[Example]:
         return [self.all[i] for i in indices]
 
     def size(self, split: str) -> int:

@@ -4,6 +4,7 @@ the refusal rate U(x).
 On disk: `manifest.json` beside one folder a split, each holding Parquet shards of `shard_size` prompts. A shard is written
 whole or not at all and holds nothing that depends on when or how often the drawing was interrupted; a killed run resumes at
 its first missing shard and ends with the same bytes. Drawing and reading need the memory of one shard, however many there are.
+Beside each shard may lie a safetensors file with the base's keys and values of its prompts, by their number in it.
 """
 
 import hashlib
@@ -18,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from softguard.config import Recipe, fingerprint
@@ -73,6 +76,7 @@ class Example(NamedTuple):
     label: str
     refusal_rate: float
     responses: tuple[Draw, ...]
+    cache: Tensor | None = None  # the base's keys and values, see `Engine.caches`, where they were kept and asked for
 
     def soft_refusal_rate(self, threshold: float | None) -> float:
         """U(x) had the guard's p(safe) not been cut at `threshold`, but its log-odds set to 0 there; without one, U(x) itself.
@@ -141,8 +145,8 @@ class Corpus:
                 parts.append(table.read(columns=["refusal_rate"])["refusal_rate"].to_numpy())
         return np.concatenate(parts)
 
-    def examples(self, split: str, indices: list[int]) -> list[Example]:
-        """The examples at `indices`, in that order; reads only their row groups."""
+    def examples(self, split: str, indices: list[int], caches: bool = False) -> list[Example]:
+        """The examples at `indices`, in that order, with what is kept of their `caches`; reads only their row groups."""
         size = int(self.manifest["shard_size"])
         found: dict[int, Example] = {}
         for shard in sorted({i // size for i in indices}):
@@ -153,6 +157,9 @@ class Corpus:
                     for i in here:
                         if i % size // _ROW_GROUP == group:
                             found[i] = _example(rows[i % size % _ROW_GROUP])
+                kept = _caches_of(self._shards(split)[shard])
+                if caches and kept.is_file():
+                    found |= {i: found[i]._replace(cache=c) for i, c in _read_caches(kept, here, size).items()}
         return [found[i] for i in indices]
 
     def _shards(self, split: str) -> list[Path]:
@@ -221,11 +228,34 @@ def teach(
         def told(done: int, split: str = split) -> None:
             progress(f"teach {split}", done, totals[split])
 
-        made = list(_draw_split(recipe, *source, out / split, engine, system, told))
+        def kept(done: int, split: str = split) -> None:
+            progress(f"keep caches of {split}", done, totals[split])
+
+        made = list(_draw_split(recipe, *source, out / split, engine, system, told, kept))
         shards[split], prompts[split] = [shard.digest for shard in made], sum(shard.prompts for shard in made)
     identity = fingerprint(teacher["settings"], shards)
     write_json(out / "manifest.json", {**teacher, "fingerprint": identity, "prompts": prompts, "shards": shards})
     return Corpus.open(out, base)
+
+
+def _caches_of(shard: Path) -> Path:
+    return shard.with_suffix(".safetensors")
+
+
+def _keep_caches(path: Path, prompts: list[str], engine: Engine, batch_size: int, progress: Callable[[int], None]) -> None:
+    if path.is_file():
+        progress(len(prompts))
+        return
+    numbered = {str(number): cache.cpu() for number, cache in enumerate(engine.caches(prompts, batch_size, progress))}
+    write_file(path, partial(save_file, numbered))
+
+
+def _read_caches(path: Path, indices: list[int], shard_size: int) -> dict[int, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {i: file.get_tensor(str(i % shard_size)) for i in indices}
+    except (OSError, SafetensorError) as error:
+        raise SoftguardError(f"{path} is damaged ({error}); remove it, then training runs the base again") from error
 
 
 class _Shard(NamedTuple):
@@ -234,9 +264,16 @@ class _Shard(NamedTuple):
 
 
 def _draw_split(
-    recipe: Recipe, source: str, limit: int, folder: Path, engine: Engine, system: SafeSystem, progress: Callable[[int], None]
+    recipe: Recipe,
+    source: str,
+    limit: int,
+    folder: Path,
+    engine: Engine,
+    system: SafeSystem,
+    progress: Callable[[int], None],
+    kept: Callable[[int], None],
 ) -> Iterator[_Shard]:
-    """Make the split's missing shards and yield them all."""
+    """Make the split's missing shards and yield them all; `kept` is told of prompts whose caches are kept."""
     prompts = read_prompts(source, limit)
     number = 0
     while shard := list(islice(prompts, recipe.teach.shard_size)):
@@ -253,6 +290,8 @@ def _draw_split(
         else:
             table = _draw(recipe, shard, engine, system, progress).replace_schema_metadata({"prompts": asked})
             write_file(path, partial(pq.write_table, table, row_group_size=_ROW_GROUP))
+        if recipe.teach.keep_caches:
+            _keep_caches(_caches_of(path), [prompt.text for prompt in shard], engine, recipe.teach.batch_size, kept)
         yield _Shard(hashlib.sha256(path.read_bytes()).hexdigest()[:16], len(shard))
         number += 1
 

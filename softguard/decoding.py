@@ -41,6 +41,7 @@ class Decoding(Protocol):
 
 
 Begin = Callable[[Sequence[Sequence[int]], int], tuple[Output, Decoding]]  # prompts, new tokens at most
+Caches = Sequence[Tensor]  # of rows, the keys and values behind the prefix, (layers, 2, key heads, tokens, width) each
 
 
 class Resident(NamedTuple):
@@ -49,6 +50,8 @@ class Resident(NamedTuple):
     length: int
     begin: Begin
     pads: bool  # whether rows begun together are as slow as the longest of them
+    caches: Callable[[Sequence[Sequence[int]]], Caches] | None = None  # of prompts; none: of models that run written out alone
+    resume: Callable[[Caches], Decoding] | None = None  # as `begin` leaves rows that want no new tokens
 
 
 @torch.no_grad()
@@ -62,7 +65,17 @@ def keep_prefix(base: BaseModel, prefix: ConstantPrefix, gate: Gate | None = Non
     """Run `prefix` and keep it."""
     if frozen.is_plain(base.model.get_decoder()):
         kept = _run_plain_prefix(base, prefix)
-        return Resident(prefix.length, lambda prompts, new: _PlainRows.begin(base, kept, prompts, new, gate), pads=False)
+
+        def caches(prompts: Sequence[Sequence[int]]) -> Caches:
+            return _PlainRows.begin(base, kept, prompts, 0)[1].caches()
+
+        return Resident(
+            prefix.length,
+            lambda prompts, new: _PlainRows.begin(base, kept, prompts, new, gate),
+            pads=False,
+            caches=caches,
+            resume=lambda caches: _PlainRows.resume(base, kept, caches),
+        )
     cache = _run_prefix(base, prefix)
     return Resident(prefix.length, lambda prompts, new: _AnyRows.begin(base, cache, prompts, gate), pads=True)
 
@@ -76,11 +89,13 @@ def _run_prefix(base: BaseModel, prefix: ConstantPrefix) -> Any:
     return cache
 
 
-def gated_log_odds(gate: Gate, prefix: Resident, prompts: Sequence[Sequence[int]]) -> Tensor:
+def gated_log_odds(gate: Gate, prefix: Resident, prompts: Sequence[Sequence[int]], caches: Caches | None = None) -> Tensor:
     """A gate's log-odds of refusing, (prompts,), with gradients to it; `prefix` is kept without one.
 
-    What comes before the closing does not depend on the gate, so the pass over it has none.
+    What comes before the closing does not depend on the gate, so the pass over it has none, and is spared by its `caches`.
     """
+    if caches is not None and prefix.resume is not None:
+        return gate.log_odds(prefix.resume(caches).closed(gate))
     count, result = len(gate.closing), torch.zeros(len(prompts), device=gate.base.device)
     for group in alike([len(prompt) for prompt in prompts]) if prefix.pads else [list(range(len(prompts)))]:
         with torch.no_grad():
@@ -169,6 +184,22 @@ class _PlainRows:
         last = torch.empty_like(place).index_copy_(0, place, self.lengths[place].cumsum(0) - 1)
         output = self._output(hidden[last])
         return output if aside is None else output._replace(gated=hidden[count:][aside.last]), self
+
+    @classmethod
+    def resume(cls, base: BaseModel, prefix: list[_Kept], caches: Caches) -> "_PlainRows":
+        self = cls(base, prefix, [cache.shape[3] for cache in caches], 0)
+        for index, layer in enumerate(self.buffers):
+            for buffer, resident in zip(layer, prefix[index], strict=True):
+                buffer[:, :, : self.start] = resident
+            for row, cache in enumerate(caches):
+                for buffer, own in zip(layer, cache[index], strict=True):
+                    buffer[row, :, self.start : self.start + cache.shape[3]] = own
+        return self
+
+    def caches(self) -> Caches:
+        stored = torch.stack([torch.stack(kept) for kept in self.buffers])  # (layers, 2, rows, key heads, tokens, width)
+        ends = (self.start + self.lengths).tolist()
+        return [stored[:, :, row, :, self.start : end].clone() for row, end in enumerate(ends)]
 
     def step(self, ids: Tensor) -> Output:
         positions = self.start + self.lengths

@@ -202,8 +202,11 @@ class _Trainer:
     def _now(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.student.tensors.items()}
 
+    def _examples(self, split: str, indices: list[int]) -> list[Example]:
+        return self.corpus.examples(split, indices, caches=self.student.kind == "gate")
+
     def _train_step(self, indices: list[int], epoch: int) -> Step:
-        examples = sorted(self.corpus.examples("train", indices), key=lambda e: len(e.prompt))
+        examples = sorted(self._examples("train", indices), key=lambda e: len(e.prompt))
         safe = refusal = 0.0
         if self.on_policy:
             rollouts = self._draw(examples, self.step + 1)
@@ -275,7 +278,7 @@ class _Trainer:
         safe = refusal = 0.0
         probes = []
         for start in range(0, take, self.config.batch_size):
-            examples = self.corpus.examples("validation", indices[start : start + self.config.batch_size])
+            examples = self._examples("validation", indices[start : start + self.config.batch_size])
             if self.student.kind == "gate":
                 log_odds = self.passes.log_odds(examples)
                 probes.append(self.passes.gate_probe(examples, log_odds))

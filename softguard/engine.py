@@ -117,6 +117,26 @@ class Engine:
             progress(len(batch))
         return result
 
+    def caches(
+        self, prompts: Sequence[str], batch_size: int = 64, progress: Callable[[int], None] = lambda done: None
+    ) -> list[Tensor]:
+        """Keys and values of single-turn prompts up to the template's closing, (layers, 2, key heads, tokens, width) each.
+
+        `progress` is told how many prompts each finished batch held. Raises SoftguardError for a model they are not kept of.
+        """
+        if self.prefix.caches is None:
+            raise SoftguardError(
+                f"{self.base.name} runs by transformers, so its keys and values are not kept; leave teach.keep_caches out"
+            )
+        encoded = [self.chat.plain_ids(prompt) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+        found: dict[int, Tensor] = {}
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            found |= zip(batch, self.prefix.caches([encoded[i] for i in batch]), strict=True)
+            progress(len(batch))
+        return [found[i] for i in range(len(prompts))]
+
     def refuses(
         self, prompts: Sequence[str], batch_size: int = 64, progress: Callable[[int], None] = lambda done: None
     ) -> list[bool]:

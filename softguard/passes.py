@@ -47,7 +47,8 @@ class Passes:
     def log_odds(self, examples: Sequence[Example]) -> Tensor:
         """A gate's log-odds of refusing the examples' prompts, (examples,); gradients reach the adapter."""
         gate = Gate.of(self.base, self.chat, self.adapter)
-        return gated_log_odds(gate, self._resident, [self.chat.encode(e.prompt) for e in examples])
+        prompts, caches = [self.chat.encode(e.prompt) for e in examples], [e.cache for e in examples if e.cache is not None]
+        return gated_log_odds(gate, self._resident, prompts, caches if len(caches) == len(examples) else None)
 
     @cached_property
     def _resident(self) -> Resident:

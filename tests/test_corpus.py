@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from softguard import frozen
 from softguard.chat import Chat
 from softguard.config import Recipe, load_recipe
 from softguard.corpus import Corpus, Draw, Example, _instead, teach
@@ -74,6 +75,37 @@ def test_kept_hidden_states_are_those_that_predict_the_responses(prompts: Path, 
         torch.testing.assert_close(kept.float(), theirs, rtol=1e-2, atol=1e-3)  # kept in bfloat16
 
 
+def test_kept_caches_are_the_models_own_keys_and_values(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    corpus = make(prompts, tmp_path / "corpus", small, "teach.keep_caches=true")
+    chat = Chat(small.tokenizer, "start", small.stop_ids)
+    assert corpus.examples("train", [0])[0].cache is None  # unless they are asked for
+    for example in corpus.examples("train", [30, 0, 7], caches=True):
+        ids = torch.tensor([[*chat.prefix.after, *chat.plain_ids(example.prompt)]])
+        with torch.no_grad():
+            theirs = small.model(ids, use_cache=True).past_key_values
+        assert example.cache is not None
+        for layer, kept in zip(theirs.layers, example.cache, strict=True):
+            start = len(chat.prefix.after)
+            torch.testing.assert_close(kept, torch.cat([layer.keys, layer.values])[:, :, start:], rtol=1e-4, atol=1e-5)
+
+
+def test_damaged_caches_are_named(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    corpus = make(prompts, tmp_path / "corpus", small, "teach.keep_caches=true")
+    path = tmp_path / "corpus" / "train" / "00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    assert corpus.examples("train", [0], caches=True)[0].cache is not None
+    with pytest.raises(SoftguardError, match=r"00001\.safetensors is damaged .* remove it"):
+        corpus.examples("train", [9], caches=True)
+
+
+def test_caches_of_a_model_that_transformers_runs_are_refused(
+    prompts: Path, tmp_path: Path, small: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen, "is_plain", lambda decoder: False)
+    with pytest.raises(SoftguardError, match=r"leave teach\.keep_caches out"):
+        make(prompts, tmp_path / "corpus", small, "teach.keep_caches=true")
+
+
 def test_hidden_states_are_kept_on_demand_only(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
     corpus = make(prompts, tmp_path / "corpus", small)
     assert corpus.examples("train", [0])[0].responses[0].hidden is None
@@ -84,17 +116,19 @@ def test_examples_come_in_the_order_asked_for(prompts: Path, tmp_path: Path, sma
     assert [e.prompt.split()[-1] for e in corpus.examples("train", [39, 0, 17])] == ["39?", "0?", "17?"]
 
 
+@pytest.mark.parametrize(("caches", "last"), [("false", "00001.parquet"), ("true", "00001.safetensors")])
 def test_a_killed_run_resumes_and_ends_with_the_same_bytes(
-    prompts: Path, tmp_path: Path, small: BaseModel, small_folder: Path
+    prompts: Path, tmp_path: Path, small: BaseModel, small_folder: Path, caches: str, last: str
 ) -> None:
-    overrides = [item for o in settings(prompts, f"model.name={small_folder}") for item in ("--set", o)]
+    changes = (f"model.name={small_folder}", f"teach.keep_caches={caches}")
+    overrides = [item for o in settings(prompts, *changes) for item in ("--set", o)]
     killed = tmp_path / "killed"
-    softguard_killed("teach", "--out", killed, *overrides, when=(killed / "train" / "00001.parquet").is_file)
+    softguard_killed("teach", "--out", killed, *overrides, when=(killed / "train" / last).is_file)
     with pytest.raises(SoftguardError, match="unfinished"):
         Corpus.open(killed)
     done = softguard("teach", "--out", killed, *overrides)
     assert done.returncode == 0, done.stderr
-    make(prompts, tmp_path / "whole", small, f"model.name={small_folder}")
+    make(prompts, tmp_path / "whole", small, *changes)
     assert content(killed) == content(tmp_path / "whole")
 
 

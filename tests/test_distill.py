@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from softguard import frozen
 from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.config import Recipe, load_recipe
@@ -240,6 +241,24 @@ def test_a_corpus_with_the_bases_hidden_states_gives_the_same_gradient(
         assert trainer.student.vectors.grad is not None
         gradients.append(trainer.student.vectors.grad.clone())
     torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-3 * float(gradients[0].abs().max()))  # kept in bfloat16
+
+
+def test_a_gate_learns_the_same_of_kept_caches_and_runs_the_base_no_more(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(prompts, "teach.keep_caches=true", "distil.adapter=gate")
+    kept = teach(wanted, tmp_path / "kept", small, SafeSystem.from_config(wanted.system))
+    found = []
+    for source in (corpus, kept):
+        trainer = _Trainer(recipe(prompts, "distil.adapter=gate", "distil.clip=1e9"), source, tmp_path, small)
+        _ = trainer.passes._resident  # the prefix still runs
+        if source is kept:
+            monkeypatch.setattr(frozen, "infer", None)
+        trainer._train_step(list(range(6)), 0)
+        assert trainer.student.vectors.grad is not None
+        found.append((trainer.student.vectors.grad.clone(), trainer._validate()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-6)
+    assert found[0][1][2:] == pytest.approx(found[1][1][2:], rel=1e-5)
 
 
 def test_training_stops_when_validation_no_longer_improves(
