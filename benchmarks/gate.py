@@ -1,11 +1,12 @@
-"""One training step of a gate, the default adapter: written out, by transformers, and its own matrix products.
+"""One training step of a gate, the default adapter: written out, from kept caches, by transformers, and its own products.
 
     python -m benchmarks.gate [--rounds 5] [--threads 2] [--batch 16]
 
 SmolLM2-135M-Instruct, 8 positions, packaged prompts of unlike lengths, a new batch every round and the same for all sides;
-backward and optimiser step included. "by transformers" is the way of models that `frozen` does not know: rows padded in
-groups of like length, a pass of closings for each group. "products" replays the matrix products of the written-out step on the
-first batch, in its precision, alone.
+backward and optimiser step included. "from kept caches" has the base's keys and values of the prompts in memory, as
+`teach.keep_caches` has them on disk, and runs the closings alone. "by transformers" is the way of models that `frozen` does
+not know: rows padded in groups of like length, a pass of closings for each group. "products" replays the matrix products of
+the written-out step on the first batch, in its precision, alone.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from softguard import frozen
 from softguard.config import load_recipe
 from softguard.corpus import Corpus, Draw, Example
 from softguard.distill import _Trainer
+from softguard.engine import Engine
 from softguard.models import BaseModel, load_base
 from softguard.prompts import packaged_suite, thin
 
@@ -43,7 +45,10 @@ def main() -> None:
 
 def sides(base: BaseModel, batch: int) -> dict[str, Callable[[], Any]]:
     """What takes turns; the n-th call of every side trains on the n-th batch."""
-    ours, theirs = our_trainer(base, batch), our_trainer(base, batch)
+    ours, theirs, cached = our_trainer(base, batch), our_trainer(base, batch), our_trainer(base, batch)
+    examples = cast(Answers, cached.corpus).all
+    caches = Engine(base).caches([e.prompt for e in examples])
+    examples[:] = [e._replace(cache=cache) for e, cache in zip(examples, caches, strict=True)]
     with patch.object(frozen, "is_plain", lambda decoder: False):
         theirs.passes._resident  # noqa: B018  # is kept once it is made
 
@@ -58,6 +63,7 @@ def sides(base: BaseModel, batch: int) -> dict[str, Callable[[], Any]]:
 
     return {
         "softguard": step(ours),
+        "from kept caches": step(cached),
         "by transformers": step(theirs),
         "products of softguard": products(base, lambda: ours._train_step(list(range(batch)), 0)),
     }

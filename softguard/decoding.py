@@ -197,9 +197,11 @@ class _PlainRows:
         return self
 
     def caches(self) -> Caches:
-        stored = torch.stack([torch.stack(kept) for kept in self.buffers])  # (layers, 2, rows, key heads, tokens, width)
-        ends = (self.start + self.lengths).tolist()
-        return [stored[:, :, row, :, self.start : end].clone() for row, end in enumerate(ends)]
+        own = [slice(self.start, self.start + length) for length in self.lengths.tolist()]
+        return [
+            torch.stack([torch.stack([x[row, :, tokens] for x in kept]) for kept in self.buffers])
+            for row, tokens in enumerate(own)
+        ]
 
     def step(self, ids: Tensor) -> Output:
         positions = self.start + self.lengths
