@@ -4,7 +4,7 @@ the refusal rate U(x).
 On disk: `manifest.json` beside one folder a split, each holding Parquet shards of `shard_size` prompts. A shard is written
 whole or not at all and holds nothing that depends on when or how often the drawing was interrupted; a killed run resumes at
 its first missing shard and ends with the same bytes. Drawing and reading need the memory of one shard, however many there are.
-Beside each shard may lie a safetensors file with the base's keys and values of its prompts, by their number in it.
+Beside each shard may lie the `caches` of its prompts.
 """
 
 import hashlib
@@ -19,10 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from softguard.caches import caches_of, keep_caches, read_caches
 from softguard.config import Recipe, fingerprint
 from softguard.divergences import P_SAFE_RANGE
 from softguard.engine import Engine, Response
@@ -157,9 +156,10 @@ class Corpus:
                     for i in here:
                         if i % size // _ROW_GROUP == group:
                             found[i] = _example(rows[i % size % _ROW_GROUP])
-                kept = _caches_of(self._shards(split)[shard])
+                kept = caches_of(self._shards(split)[shard])
                 if caches and kept.is_file():
-                    found |= {i: found[i]._replace(cache=c) for i, c in _read_caches(kept, here, size).items()}
+                    read = read_caches(kept, [i % size for i in here])
+                    found |= {i: found[i]._replace(cache=cache) for i, cache in zip(here, read, strict=True)}
         return [found[i] for i in indices]
 
     def _shards(self, split: str) -> list[Path]:
@@ -238,26 +238,6 @@ def teach(
     return Corpus.open(out, base)
 
 
-def _caches_of(shard: Path) -> Path:
-    return shard.with_suffix(".safetensors")
-
-
-def _keep_caches(path: Path, prompts: list[str], engine: Engine, batch_size: int, progress: Callable[[int], None]) -> None:
-    if path.is_file():
-        progress(len(prompts))
-        return
-    numbered = {str(number): cache.cpu() for number, cache in enumerate(engine.caches(prompts, batch_size, progress))}
-    write_file(path, partial(save_file, numbered))
-
-
-def _read_caches(path: Path, indices: list[int], shard_size: int) -> dict[int, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {i: file.get_tensor(str(i % shard_size)) for i in indices}
-    except (OSError, SafetensorError) as error:
-        raise SoftguardError(f"{path} is damaged ({error}); remove it, then training runs the base again") from error
-
-
 class _Shard(NamedTuple):
     digest: str  # of the file's bytes
     prompts: int
@@ -291,7 +271,7 @@ def _draw_split(
             table = _draw(recipe, shard, engine, system, progress).replace_schema_metadata({"prompts": asked})
             write_file(path, partial(pq.write_table, table, row_group_size=_ROW_GROUP))
         if recipe.teach.keep_caches:
-            _keep_caches(_caches_of(path), [prompt.text for prompt in shard], engine, recipe.teach.batch_size, kept)
+            keep_caches(caches_of(path), [prompt.text for prompt in shard], engine, recipe.teach.batch_size, kept)
         yield _Shard(hashlib.sha256(path.read_bytes()).hexdigest()[:16], len(shard))
         number += 1
 
