@@ -194,6 +194,8 @@ class _Trainer:
             if self.rank == 0 and (last or len(entries) > 1 or self.step % self.config.checkpoint_every == 0):
                 self._checkpoint()
         facts = {**_facts(self.recipe, self.corpus, self.base), "steps": self.step, "validation_loss": self.best_loss}
+        if self.student.kind == "gate":
+            facts["bias"] = self._bias()
         if self.rank == 0:
             replace(self.student, tensors=self.best, facts=facts).save(self.out, self.base)
         self.accelerator.wait_for_everyone()
@@ -271,14 +273,19 @@ class _Trainer:
         batch, first = self.passes.batch(examples, epoch, prompts, self.drift_weight, pairs)
         return batch._replace(beta=self.config.beta), first
 
+    def _validation_batches(self) -> list[list[int]]:
+        indices = thin(list(range(self.corpus.size("validation"))), self.config.validation_prompts)
+        size = self.config.batch_size
+        return [indices[start : start + size] for start in range(0, len(indices), size)]
+
     @torch.no_grad()
     def _validate(self) -> Step:
-        indices = thin(list(range(self.corpus.size("validation"))), self.config.validation_prompts)
-        take = len(indices)
+        batches = self._validation_batches()
+        take = sum(map(len, batches))
         safe = refusal = 0.0
         probes = []
-        for start in range(0, take, self.config.batch_size):
-            examples = self._examples("validation", indices[start : start + self.config.batch_size])
+        for indices in batches:
+            examples = self._examples("validation", indices)
             if self.student.kind == "gate":
                 log_odds = self.passes.log_odds(examples)
                 probes.append(self.passes.gate_probe(examples, log_odds))
@@ -309,6 +316,18 @@ class _Trainer:
         if loss < self.best_loss:
             self.best_loss, self.since_best, self.best = loss, 0, self._now()
         return entry
+
+    @torch.no_grad()
+    def _bias(self) -> float:
+        """Of the best gate, see `gate.bias`."""
+        for name, tensor in self.student.tensors.items():
+            tensor.copy_(self.best[name])
+        log_odds, refused = [], []
+        for indices in self._validation_batches():
+            examples = self._examples("validation", indices)
+            log_odds.append(self.passes.log_odds(examples).cpu())
+            refused += [e.refusal_rate > 0.5 for e in examples]
+        return gate.bias(torch.cat(log_odds), torch.tensor(refused))
 
     def _resume(self) -> None:
         """Take up the checkpoint, if there is one, and drop log lines written after it."""

@@ -7,7 +7,9 @@ refusal is. After it the gate is gone: what is not refused is answered by the ba
     q(r|x) = (1 − g(x))·p(r|x) + g(x)·1[r = y_r],
 
 so that TV(P, q) = |U(x) − g(x)| for a system P with a prompt guard (eq. 2; p(y_r) = 0). Training minimises KL(P‖q). Where
-the system cuts the guard's probability at a threshold, U is taken before the cut (`Example.soft_refusal_rate`).
+the system cuts the guard's probability at a threshold, U is taken before the cut (`Example.soft_refusal_rate`). A student is
+less certain than its teacher, so fewer of its g than of the teacher's U reach ½; a `bias`, added to the log-odds and chosen
+on validation prompts, mends that.
 
 Keys are kept unturned and stand right before the closing wherever that is, so that a prompt's length changes nothing.
 """
@@ -36,10 +38,11 @@ class Gate:
     keys: Tensor  # (layers, key heads, n_soft, width) float32, unturned
     values: Tensor  # likewise
     refusal: tuple[int, ...]  # y_r, the end-of-turn token included
+    bias: float = 0.0  # added to the log-odds
 
     @classmethod
     def of(cls, base: BaseModel, chat: Chat, adapter: Adapter) -> "Gate":
-        """From an adapter's vectors, which gradients reach, and the refusal its facts name.
+        """From an adapter's vectors, which gradients reach, and the refusal and bias its facts name.
 
         Raises SoftguardError if the template has no closing.
         """
@@ -47,7 +50,8 @@ class Gate:
             raise SoftguardError("the chat template has no tokens between user and response; use distil.adapter=kv_prefix")
         heads, width = base.key_heads
         keys, values = adapter.vectors.view(len(adapter.vectors), -1, 2, heads, width).permute(2, 1, 3, 0, 4)
-        return cls(base, chat.closing, keys, values, tuple(chat.encode_response(adapter.facts["refusal"])))
+        refusal = tuple(chat.encode_response(adapter.facts["refusal"]))
+        return cls(base, chat.closing, keys, values, refusal, adapter.facts.get("bias", 0.0))
 
     @property
     def n_soft(self) -> int:
@@ -81,10 +85,10 @@ class Gate:
         return output.last_hidden_state[:, -1]  # type: ignore[no-any-return]
 
     def log_odds(self, hidden: Tensor) -> Tensor:
-        """log g − log(1 − g), (rows,) float32 at least, from what `hidden` gives."""
+        """log g − log(1 − g), (rows,) float32 at least, from what `hidden` gives, and the bias."""
         law = log_law(hidden, self.base.head)
         token = torch.tensor(self.refusal[0], device=law.device)
-        return law[:, token] - log_avoids(law, token)
+        return law[:, token] - log_avoids(law, token) + self.bias
 
 
 def losses(log_odds: Tensor, refusal_rate: Tensor, prompts: float) -> Losses:
@@ -97,6 +101,18 @@ def losses(log_odds: Tensor, refusal_rate: Tensor, prompts: float) -> Losses:
     safe = (1 - rate) * (torch.log1p(-rate) - log_sigmoid(-log_odds))
     refusal = rate * (rate.log() - log_sigmoid(log_odds))
     return Losses(safe.sum() / prompts, refusal.sum() / prompts)
+
+
+def bias(log_odds: Tensor, refused: Tensor) -> float:
+    """What makes as many of (prompts,) log-odds positive as the system refuses, (prompts,) booleans.
+
+    0 if that is none or all.
+    """
+    count = int(refused.sum())
+    if count in (0, len(log_odds)):
+        return 0.0
+    falling = log_odds.sort(descending=True).values
+    return -float(falling[count - 1] + falling[count]) / 2
 
 
 def turns(decoder: Any, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -243,6 +243,19 @@ def test_a_corpus_with_the_bases_hidden_states_gives_the_same_gradient(
     torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-3 * float(gradients[0].abs().max()))  # kept in bfloat16
 
 
+def test_a_gate_refuses_as_many_validation_prompts_as_the_system(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    changes = ["distil.adapter=gate", "distil.steps=2", "distil.validation_prompts=24"]  # too few steps to get there by itself
+    adapter = distil(recipe(prompts, *changes), corpus, tmp_path, small)
+    texts = [e.prompt for e in corpus.examples("validation", list(range(24)))]
+    wanted = int((corpus.refusal_rates("validation") > 0.5).sum())
+    assert 0 < wanted < 24
+    assert sum(Engine(small, adapter).refuses(texts)) == wanted
+    unbiased = replace(adapter, facts={**adapter.facts, "bias": 0.0})
+    assert sum(Engine(small, unbiased).refuses(texts)) != wanted
+
+
 def test_a_gate_learns_the_same_of_kept_caches_and_runs_the_base_no_more(
     prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from softguard.decoding import gated_log_odds, keep_prefix, make_resident
 from softguard.drift import measure_drift
 from softguard.engine import Engine, _refused
 from softguard.errors import SoftguardError
-from softguard.gate import Gate, losses
+from softguard.gate import Gate, bias, losses
 from softguard.initial import initial_vectors
 from softguard.models import BaseModel
 from softguard.prefix import constant_prefix
@@ -138,6 +138,30 @@ def test_training_sees_the_log_odds_of_the_pass_and_reaches_every_key_and_value(
     assert vectors.grad is not None
     layers = small.model.config.num_hidden_layers
     assert (vectors.grad.view(len(vectors), 2 * layers, -1).abs().amax(-1) > 0).all()
+
+
+def test_the_bias_is_added_to_the_log_odds_wherever_they_are_made(small: BaseModel) -> None:
+    adapter = gate_adapter(small)
+    biased = replace(adapter, facts={**adapter.facts, "bias": 0.5})
+    odds = [Engine(small, one).log_odds(ROWS) for one in (adapter, biased)]
+    torch.testing.assert_close(odds[1], odds[0] + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("odds", "refused", "positive"),
+    [
+        ([-3.0, -1.0, -2.0, 1.0], [True, True, False, False], [False, True, False, True]),  # two refused, so the two highest
+        ([0.3, 0.2, 0.1, -1.0], [False, False, False, True], [True, False, False, False]),
+    ],
+)
+def test_the_bias_makes_as_many_refuse_as_the_system_does(odds: list[float], refused: list[bool], positive: list[bool]) -> None:
+    shifted = torch.tensor(odds) + bias(torch.tensor(odds), torch.tensor(refused))
+    assert (shifted > 0).tolist() == positive
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_there_is_no_bias_where_the_system_refuses_all_or_none(refused: bool) -> None:
+    assert bias(torch.tensor([1.0, -1.0]), torch.tensor([refused] * 2)) == 0.0
 
 
 def test_the_gradient_of_the_written_out_pass_is_that_of_transformers(
