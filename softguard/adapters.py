@@ -69,7 +69,8 @@ class Adapter:
     @property
     def fingerprint(self) -> str:
         """Identity of what it does to the model: 16 hex digits."""
-        digest = hashlib.sha256(f"{self.kind} {self.slot} {self.text}".encode())
+        said = f" {self.facts.get('refusal')} {self.facts.get('bias', 0.0)}" if self.kind == "gate" else ""
+        digest = hashlib.sha256(f"{self.kind} {self.slot} {self.text}{said}".encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
         return digest.hexdigest()[:16]

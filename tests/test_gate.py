@@ -145,6 +145,7 @@ def test_the_bias_is_added_to_the_log_odds_wherever_they_are_made(small: BaseMod
     biased = replace(adapter, facts={**adapter.facts, "bias": 0.5})
     odds = [Engine(small, one).log_odds(ROWS) for one in (adapter, biased)]
     torch.testing.assert_close(odds[1], odds[0] + 0.5)
+    assert biased.fingerprint != adapter.fingerprint
 
 
 @pytest.mark.parametrize(
