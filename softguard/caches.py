@@ -21,9 +21,7 @@ def caches_of(shard: Path) -> Path:
     return shard.with_suffix(".safetensors")
 
 
-def keep_caches(
-    path: Path, prompts: Sequence[str], engine: Engine, batch_size: int, progress: Callable[[int], None] = lambda done: None
-) -> None:
+def keep_caches(path: Path, prompts: Sequence[str], engine: Engine, batch_size: int, progress: Callable[[int], None]) -> None:
     """Write those of a shard's prompts, see `Engine.caches`, unless the file is there; `progress` is told how many are done.
 
     Raises SoftguardError for a model they are not kept of, or a full disk.

@@ -225,13 +225,10 @@ def teach(
     prompts: dict[str, int] = {}
     for split, source in sources.items():
 
-        def told(done: int, split: str = split) -> None:
-            progress(f"teach {split}", done, totals[split])
+        def told(stage: str, done: int, split: str = split) -> None:
+            progress(f"{stage} {split}", done, totals[split])
 
-        def kept(done: int, split: str = split) -> None:
-            progress(f"keep caches of {split}", done, totals[split])
-
-        made = list(_draw_split(recipe, *source, out / split, engine, system, told, kept))
+        made = list(_draw_split(recipe, *source, out / split, engine, system, told))
         shards[split], prompts[split] = [shard.digest for shard in made], sum(shard.prompts for shard in made)
     identity = fingerprint(teacher["settings"], shards)
     write_json(out / "manifest.json", {**teacher, "fingerprint": identity, "prompts": prompts, "shards": shards})
@@ -250,10 +247,10 @@ def _draw_split(
     folder: Path,
     engine: Engine,
     system: SafeSystem,
-    progress: Callable[[int], None],
-    kept: Callable[[int], None],
+    progress: Callable[[str, int], None],
 ) -> Iterator[_Shard]:
-    """Make the split's missing shards and yield them all; `kept` is told of prompts whose caches are kept."""
+    """Make the split's missing shards and yield them all; `progress` is told a stage and how many prompts went through it."""
+    drawn, kept = partial(progress, "teach"), partial(progress, "keep caches of")
     prompts = read_prompts(source, limit)
     number = 0
     while shard := list(islice(prompts, recipe.teach.shard_size)):
@@ -266,9 +263,9 @@ def _draw_split(
                 stored = ""
             if stored != asked:
                 raise SoftguardError(f"{path} holds other prompts than {source} has now; choose another --out or remove it")
-            progress(len(shard))
+            drawn(len(shard))
         else:
-            table = _draw(recipe, shard, engine, system, progress).replace_schema_metadata({"prompts": asked})
+            table = _draw(recipe, shard, engine, system, drawn).replace_schema_metadata({"prompts": asked})
             write_file(path, partial(pq.write_table, table, row_group_size=_ROW_GROUP))
         if recipe.teach.keep_caches:
             keep_caches(caches_of(path), [prompt.text for prompt in shard], engine, recipe.teach.batch_size, kept)

@@ -67,10 +67,8 @@ class Engine:
         for number, ids in enumerate(encoded, 1):
             self._check_fits(len(ids), max_new_tokens, f"prompt {number}")
         draws = _streams(prompts, max_new_tokens, seed) if temperature > 0 else None
-        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         responses: dict[int, Response] = {}
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in _by_length(encoded, batch_size):
             picked = None if draws is None else torch.from_numpy(draws[batch])
             made: list[list[_Token]] = [[] for _ in batch]
             for tokens in self._steps([encoded[i] for i in batch], max_new_tokens, temperature, picked):
@@ -107,10 +105,8 @@ class Engine:
         if self.gate is None:
             return torch.full((len(prompts),), -torch.inf)
         encoded = [self.chat.encode(prompt) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         result = torch.empty(len(prompts))
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in _by_length(encoded, batch_size):
             output, _ = self.prefix.begin([encoded[i] for i in batch], 0)
             assert output.gated is not None
             result[batch] = self.gate.log_odds(output.gated).cpu().float()
@@ -129,10 +125,8 @@ class Engine:
                 f"{self.base.name} runs by transformers, so its keys and values are not kept; leave teach.keep_caches out"
             )
         encoded = [self.chat.plain_ids(prompt) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         found: dict[int, Tensor] = {}
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in _by_length(encoded, batch_size):
             found |= zip(batch, self.prefix.caches([encoded[i] for i in batch]), strict=True)
             progress(len(batch))
         return [found[i] for i in range(len(prompts))]
@@ -198,6 +192,13 @@ class Engine:
                 decoding.keep(index)
                 chosen, running = chosen[index], [running[i] for i in keep]
             output = decoding.step(chosen)
+
+
+def _by_length(encoded: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Indices of rows by ascending length, in batches."""
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def _refused(log_odds: Tensor, draws: Tensor | None) -> tuple[set[int], Tensor | None]:
