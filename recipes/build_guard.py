@@ -355,14 +355,18 @@ def ambiguous(kept_out: Sequence[str], rng: np.random.Generator) -> list[Row]:
     return rows + [Row(prompt, harmful, weight=2.0) for (prompt, harmful), ok in zip(asked, far, strict=True) if ok]
 
 
-def wrappers() -> list[Json]:
-    """Texts people put around a request, half of them to have it answered whatever it is, half of them innocent."""
-    return [json.loads(line) for line in (Path(__file__).parent / "wrappers.jsonl").read_text(encoding="utf-8").splitlines()]
+def wrappers(held_out: bool = False) -> list[str]:
+    """Texts people put around a request, half of them to have it answered whatever it is, half of them innocent.
+
+    Every fourth of a kind is held out: around no training prompt, only around those of validation and test.
+    """
+    lines = (Path(__file__).parent / "wrappers.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for i, line in enumerate(lines) if (i % 4 == 3) == held_out]
 
 
 def wrapped(rows: Sequence[Json], share: float, held_out: bool = False) -> list[Row]:
-    """A `share` of labelled prompts, each in a wrapper; every fourth wrapper of a kind is held out, and used by none else."""
-    texts = [wrapper["text"] for i, wrapper in enumerate(wrappers()) if (i % 4 == 3) == held_out]
+    """A `share` of labelled prompts, each in a wrapper; `held_out` as of `wrappers`."""
+    texts = wrappers(held_out)
     chosen = some(rows, share)
     pairs = [(texts[digest("wrapper: " + row["prompt"]) % len(texts)], row) for row in chosen]
     return [Row(text.replace("{prompt}", row["prompt"]), row["label"] == "harmful") for text, row in pairs]

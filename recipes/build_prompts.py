@@ -29,7 +29,7 @@ NESTED = (1000, 4000)  # characters a nested prompt has at least, drawn evenly
 
 
 def main() -> None:
-    """Write the file."""
+    """Write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the public JSONL files")
     parser.add_argument("--out", type=Path, required=True)
@@ -57,8 +57,8 @@ def main() -> None:
 
 
 def nested(rows: Sequence[Json], held_out: bool = False) -> list[Row]:
-    """Labelled prompts, each in wrappers within wrappers up to a length drawn from `NESTED`; `held_out` as of `wrapped`."""
-    texts = [wrapper["text"] for i, wrapper in enumerate(wrappers()) if (i % 4 == 3) == held_out]
+    """Labelled prompts, each in wrappers within wrappers up to a length drawn from `NESTED`; `held_out` as of `wrappers`."""
+    texts = wrappers(held_out)
     low, high = NESTED
     found = []
     for row in rows:
@@ -75,13 +75,12 @@ def _pair(row: Row) -> tuple[str, str]:
 
 
 def _write(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
-    lines = [json.dumps({"prompt": text, "label": label}, ensure_ascii=False) for text, label in sorted(pairs, key=_place)]
+    lines = [
+        json.dumps({"prompt": text, "label": label}, ensure_ascii=False)
+        for text, label in sorted(pairs, key=lambda pair: digest(pair[0]))
+    ]
     write_text(path, "".join(line + "\n" for line in lines))
     print(f"{path}: {len(pairs)} prompts, {dict(Counter(label for _, label in pairs))}")
-
-
-def _place(pair: tuple[str, str]) -> int:
-    return digest(pair[0])
 
 
 if __name__ == "__main__":
