@@ -4,24 +4,25 @@
 
 Both sample at temperature 1 from SmolLM2-135M-Instruct in bfloat16 where the processor multiplies it, on packaged prompts.
 `generate` gets a share of the prompts, whose speed a prompt does not depend on how many there are; its batch size is chosen
-by a trial of one batch each.
+by a trial of one batch each. On a GPU it also takes its static cache, with the step compiled, all its prompts in one batch,
+since every other shape is compiled anew.
 """
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.record import alternate, arguments, keep, machine
-from benchmarks.sample import engine_and_texts
+from benchmarks.sample import SIZES, engine_and_texts
 from softguard.chat import Chat, align
 from softguard.engine import Engine
 from softguard.models import BaseModel
 from softguard.prompts import thin
 
 TOKENS = 64
-SIZES = (1, 4, 8, 16, 32, 64)
 
 
 def main() -> None:
@@ -34,21 +35,20 @@ def main() -> None:
     base = engine.base
     ours, our_trials = _best(lambda size, some: draw(engine, some, size), texts)
     peer, peer_trials = _best(lambda size, some: generate(base, engine.chat, some, size), texts)
-    made: dict[str, list[int]] = {"softguard": [], "transformers generate": []}
-    timings = alternate(
-        {
-            "softguard": lambda: made["softguard"].append(draw(engine, texts, ours)),
-            "transformers generate": lambda: made["transformers generate"].append(
-                generate(base, engine.chat, thin(texts, options.peer_prompts), peer)
-            ),
-        },
-        options.rounds,
-    )
+    some = thin(texts, options.peer_prompts)
+    sides: dict[str, Callable[[], int]] = {
+        "softguard": lambda: draw(engine, texts, ours),
+        "transformers generate": lambda: generate(base, engine.chat, some, peer),
+    }
+    if base.device.type == "cuda":
+        sides["transformers generate, static cache"] = lambda: generate(base, engine.chat, some, len(some), "static")
+    made: dict[str, list[int]] = {name: [] for name in sides}
+    timings = alternate({name: partial(_noted, made[name], side) for name, side in sides.items()}, options.rounds)
     speed = {name: made[name][-1] / timing.median for name, timing in timings.items()}
     rows = [
         {
             "side": name,
-            "batch": {"softguard": ours}.get(name, peer),
+            "batch": {"softguard": ours, "transformers generate": peer}.get(name, len(some)),
             "tokens": made[name][-1],
             **timing.row(),
             "tokens_per_second": round(speed[name], 1),
@@ -65,8 +65,11 @@ def draw(engine: Engine, texts: list[str], size: int) -> int:
 
 
 @torch.inference_mode()
-def generate(base: BaseModel, chat: Chat, texts: list[str], size: int) -> int:
-    """Tokens drawn by transformers, up to and with each answer's end; like lengths run together."""
+def generate(base: BaseModel, chat: Chat, texts: list[str], size: int, cache: str | None = None) -> int:
+    """Tokens drawn by transformers, up to and with each answer's end; like lengths run together.
+
+    `cache`: transformers' name of one, or none for its own choice.
+    """
     whole = sorted((list(chat.prefix.before + chat.prefix.after) + chat.encode(t) for t in texts), key=len)
     made = 0
     for start in range(0, len(whole), size):
@@ -81,11 +84,16 @@ def generate(base: BaseModel, chat: Chat, texts: list[str], size: int) -> int:
             top_p=1.0,
             max_new_tokens=TOKENS,
             pad_token_id=base.pad_id,
+            cache_implementation=cache,
         )
         for row in out[:, rows.ids.shape[1] :].tolist():
             ends = [i for i, token in enumerate(row) if token in base.stop_ids]
             made += ends[0] + 1 if ends else len(row)
     return made
+
+
+def _noted(made: list[int], side: Callable[[], int]) -> None:
+    made.append(side())
 
 
 def _best(run: Callable[[int, list[str]], int], texts: list[str]) -> tuple[int, dict[int, float]]:

@@ -9,12 +9,11 @@ import time
 from typing import Any
 
 from benchmarks.record import alternate, arguments, keep, machine
-from benchmarks.sample import engine_and_texts
+from benchmarks.sample import SIZES, engine_and_texts
 from softguard.models import BaseModel
 from softguard.prompts import thin
 
 TOKENS = 64
-SIZES = (1, 4, 8, 16, 32)
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""Frozen-head kernels beside TRL's chunked functions, Liger's chunked loss and plain PyTorch: forward and backward.
+"""Frozen-head kernels beside TRL's chunked functions, Liger's losses and plain PyTorch: forward and backward.
 
     python -m benchmarks.kernels [--rounds 5] [--threads 2] [--tokens 512]
 
 TRL and Liger have no total variation: their forward KL, which reads the same two heads, stands beside it. Errors are the
-largest of a token's value, relative to the same inputs in float64 (absolute where that is below 1).
+largest of a token's value, relative to the same inputs in float64 (absolute where that is below 1). Liger's Triton kernels need
+a GPU; its total variation is of two laws, which are made before it.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from softguard.kernels import Head, log_law, per_token_between, selected_log_pro
 HIDDEN = 576
 VOCABULARIES = (49_152, 151_936, 262_144)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Values = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # student, teacher, head, ids to one value a token
 
 
@@ -40,11 +42,11 @@ def measure(kernel: str, vocabulary: int, dtype: str, tokens: int, rounds: int) 
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, scale: float) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator)).to(DTYPES[dtype])
+        return (scale * torch.randn(*shape, generator=generator)).to(DEVICE, DTYPES[dtype])
 
     teacher, head = random(tokens, HIDDEN, scale=1), random(vocabulary, HIDDEN, scale=0.1)
     student = (teacher + random(tokens, HIDDEN, scale=0.3)).requires_grad_()  # a student near its teacher
-    ids = torch.randint(vocabulary, (tokens,), generator=generator)
+    ids = torch.randint(vocabulary, (tokens,), generator=generator).to(DEVICE)
 
     def run(values: Values) -> None:
         student.grad = None
@@ -122,6 +124,21 @@ def liger_divergence(beta: float) -> Values:
     return values
 
 
+def liger_triton(kernel: str) -> Values:
+    def values(student: Tensor, teacher: Tensor, head: Tensor, ids: Tensor) -> Tensor:
+        from liger_kernel import transformers as liger
+
+        if kernel == "selected":
+            return -liger.LigerFusedLinearCrossEntropyLoss()(head, student, ids).expand(len(student))  # type: ignore[no-any-return]
+        if kernel == "tv":
+            laws = ((x @ head.mT).softmax(-1) for x in (student, teacher))
+            return liger.LigerTVDLoss()(*laws).expand(len(student))  # type: ignore[no-any-return]
+        loss = liger.LigerFusedLinearJSD(jsd_beta={"kl": 0.0, "jsd": 0.5}[kernel])
+        return loss(student, head, teacher, head, None).expand(len(student))  # type: ignore[no-any-return]
+
+    return values
+
+
 KERNELS: dict[str, dict[str, Values]] = {
     "selected": {"softguard": ours("selected"), "trl ChunkedLogProb": trl_selected, "pytorch": plain("selected")},
     "tv": {"softguard": ours("tv"), "trl ChunkedDivergence (KL)": trl_divergence(0.0), "pytorch": plain("tv")},
@@ -138,6 +155,9 @@ KERNELS: dict[str, dict[str, Values]] = {
         "pytorch": plain("jsd"),
     },
 }
+if DEVICE == "cuda":
+    for name, sides in KERNELS.items():
+        sides["liger Triton"] = liger_triton(name)
 
 if __name__ == "__main__":
     main()

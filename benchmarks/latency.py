@@ -68,7 +68,7 @@ def _sides(base: BaseModel) -> dict[str, Callable[[], Timed]]:
     beside = {VECTORS: initial_vectors(base, "gate", DEFAULT_INSTRUCTION, GATE)}  # untrained: it refuses nothing
     gated = Engine(base, Adapter("gate", beside, "start", {"refusal": SystemConfig.refusal}))
     guard = SafeSystem.from_config(SystemConfig())
-    ids = torch.tensor([[*chat.prefix.before, *chat.prefix.after, *chat.encode(PROMPT)]])
+    ids = torch.tensor([[*chat.prefix.before, *chat.prefix.after, *chat.encode(PROMPT)]], device=base.device)
     policy = " ".join([DEFAULT_INSTRUCTION] * 20)
 
     def stream(engine: Engine, *turns: Turn) -> Timed:
@@ -101,7 +101,7 @@ def _sides(base: BaseModel) -> dict[str, Callable[[], Timed]]:
         first, whole, made = stream(alone, Turn("user", PROMPT))
         return asked + first, asked + whole, made
 
-    policy_ids = torch.tensor([chat.plain_ids(policy)[:GUARD_TOKENS]])
+    policy_ids = torch.tensor([chat.plain_ids(policy)[:GUARD_TOKENS]], device=base.device)
     assert policy_ids.shape[1] == GUARD_TOKENS
     instruction = chat.decode(chat.plain_ids(policy)[:N_SOFT])
     return {

@@ -43,13 +43,20 @@ class Timing(NamedTuple):
 
 
 def alternate(sides: Mapping[str, Side], rounds: int) -> dict[str, Timing]:
-    """Run every side once untimed, where its memory is measured, then all of them in turn, `rounds` times."""
+    """Run every side once untimed, where its memory is measured, then all of them in turn, `rounds` times.
+
+    A side has ended when the GPU, where there is one, has done what it asked for, and memory is the GPU's.
+    """
+    from torch import cuda
+
     memory = {name: _extra_memory(side) for name, side in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
             begin = time.perf_counter()
             side()
+            if cuda.is_available():
+                cuda.synchronize()
             seconds[name].append(time.perf_counter() - begin)
     return {name: Timing(seconds[name], memory[name]) for name in sides}
 
@@ -63,8 +70,12 @@ def arguments(description: str | None, rounds: int = 5) -> argparse.ArgumentPars
 
 
 def keep(name: str, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any], **more: Any) -> None:
-    """Write `results/<name>.csv` and `.json`: the rows, and the machine as `before`, from `machine()`, and now."""
+    """Write `results/<name>.csv` and `.json`: the rows, and the machine as `before`, from `machine()`, and now.
+
+    Figures of a GPU are files of their own, `<name>-gpu`.
+    """
     RESULTS.mkdir(exist_ok=True)
+    name = f"{name}-gpu" if "gpu" in before else name
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -78,7 +89,7 @@ def keep(name: str, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]
 
 
 def machine(threads: int = 0) -> dict[str, Any]:
-    """Versions, threads, processor and load; sets the number of threads if one is given."""
+    """Versions, threads, processor, GPU if there is one, and load; sets the number of threads if one is given."""
     import torch
 
     if threads:
@@ -89,8 +100,10 @@ def machine(threads: int = 0) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
     return {
         "versions": versions,
+        **gpu,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "cpu_flags": cpu_flags(),
@@ -107,8 +120,18 @@ def cpu_flags() -> list[str]:
 
 
 def _extra_memory(side: Side) -> float:
-    """MB by which one call's peak passed what the process held before it; Linux resets the peak on request."""
+    """MB by which one call's peak passed what was held before it: of the GPU, or of the process, whose peak Linux resets."""
+    from torch import cuda
+
     gc.collect()
+    if cuda.is_available():
+        side()  # what is made once, by the first call, is not this one's
+        cuda.synchronize()
+        cuda.reset_peak_memory_stats()
+        held = cuda.memory_allocated()
+        side()
+        cuda.synchronize()
+        return (cuda.max_memory_allocated() - held) / 1e6
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")

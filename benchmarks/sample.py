@@ -1,8 +1,12 @@
 """What the benchmarks of answering ask, and the engine they ask."""
 
+import torch
+
 from softguard.engine import Engine
 from softguard.models import load_base
 from softguard.prompts import packaged_suite, thin
+
+SIZES = (16, 64, 256) if torch.cuda.is_available() else (1, 4, 8, 16, 32, 64)  # batches that are tried
 
 
 def engine_and_texts(split: str, count: int) -> tuple[Engine, list[str]]:

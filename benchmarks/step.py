@@ -138,7 +138,10 @@ def products(base: BaseModel, step: Callable[[], Any]) -> Callable[[], None]:
     def like(tensor: Tensor) -> Tensor:
         key = (tensor.shape, tensor.stride(), tensor.dtype)
         if key not in made:
-            made[key] = torch.empty_strided(*key[:2], dtype=tensor.dtype).normal_()
+            room = 1 + sum(
+                (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+            )  # expanded ones overlap
+            made[key] = torch.randn(room, dtype=tensor.dtype, device=tensor.device).as_strided(*key[:2])
         return made[key]
 
     # weights stay the model's own: read from memory in turn, as the step reads them
@@ -157,8 +160,8 @@ def peft_gkd(base: BaseModel, shape: Shape) -> Callable[[], None]:
     from trl.experimental.gkd import GKDTrainer
 
     model, optimiser = _prompt_tuned(base)
-    prompts = torch.tensor(random_ids(shape.batch, _template(base) + shape.prompt))
-    ids = torch.cat([prompts, torch.tensor(random_ids(shape.batch, shape.response))], dim=1)
+    prompts, responses = _prompts_and_responses(base, shape)
+    ids = torch.cat([prompts, responses], dim=1)
     mask = torch.ones_like(ids)
 
     def step() -> None:
@@ -181,15 +184,15 @@ def sdft(base: BaseModel, shape: Shape) -> Callable[[], None]:
 
     base.model.is_quantized = False  # its weights are floats since it was loaded; the trainer goes by the file they came from
     model, optimiser = _prompt_tuned(base)
-    prompts = torch.tensor(random_ids(shape.batch, _template(base) + shape.prompt))
-    answers = torch.tensor(random_ids(shape.batch, shape.response))
+    prompts, answers = _prompts_and_responses(base, shape)
+    whole = torch.cat([prompts, answers], dim=1)
     batch = {
         "prompt_ids": prompts,
         "prompt_mask": torch.ones_like(prompts),
         "completion_ids": answers,
         "completion_mask": torch.ones_like(answers),
-        "teacher_input_ids": torch.cat([prompts, answers], dim=1),
-        "teacher_attention_mask": torch.ones(shape.batch, prompts.shape[1] + shape.response, dtype=torch.long),
+        "teacher_input_ids": whole,
+        "teacher_attention_mask": torch.ones_like(whole),
     }
     args = SDFTConfig(
         output_dir=tempfile.mkdtemp(),
@@ -220,12 +223,14 @@ def _prompt_tuned(base: BaseModel) -> tuple[Any, torch.optim.Optimizer]:
     return model, torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
 
-def _template(base: BaseModel) -> int:
-    """Tokens of the template before the prompt, which peers run once a row."""
+def _prompts_and_responses(base: BaseModel, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Ids, (batch, tokens) each; to a prompt's come those of the template before it, which peers run once a row."""
     from softguard.chat import Chat
 
     prefix = Chat(base.tokenizer, "start", base.stop_ids).prefix
-    return len(prefix.before) + len(prefix.after)
+    lengths = len(prefix.before) + len(prefix.after) + shape.prompt, shape.response
+    prompts, responses = (torch.tensor(random_ids(shape.batch, n), device=base.device) for n in lengths)
+    return prompts, responses
 
 
 if __name__ == "__main__":

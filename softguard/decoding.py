@@ -45,12 +45,14 @@ Caches = Sequence[Tensor]  # of rows, the keys and values behind the prefix, (la
 
 
 class Resident(NamedTuple):
-    """A constant prefix whose keys and values are kept. `begin` starts rows of ids behind it."""
+    """A constant prefix whose keys and values are kept. `begin` starts rows of ids behind it.
+
+    Of models that run written out rows are not padded, and their own keys and values can be kept as well.
+    """
 
     length: int
     begin: Begin
-    pads: bool  # whether rows begun together are as slow as the longest of them
-    caches: Callable[[Sequence[Sequence[int]]], Caches] | None = None  # of prompts; none: of models that run written out alone
+    caches: Callable[[Sequence[Sequence[int]]], Caches] | None = None  # of prompts
     resume: Callable[[Caches], Decoding] | None = None  # as `begin` leaves rows that want no new tokens
 
 
@@ -72,12 +74,11 @@ def keep_prefix(base: BaseModel, prefix: ConstantPrefix, gate: Gate | None = Non
         return Resident(
             prefix.length,
             lambda prompts, new: _PlainRows.begin(base, kept, prompts, new, gate),
-            pads=False,
             caches=caches,
             resume=lambda caches: _PlainRows.resume(base, kept, caches),
         )
     cache = _run_prefix(base, prefix)
-    return Resident(prefix.length, lambda prompts, new: _AnyRows.begin(base, cache, prompts, gate), pads=True)
+    return Resident(prefix.length, lambda prompts, new: _AnyRows.begin(base, cache, prompts, gate))
 
 
 def _run_prefix(base: BaseModel, prefix: ConstantPrefix) -> Any:
@@ -97,7 +98,7 @@ def gated_log_odds(gate: Gate, prefix: Resident, prompts: Sequence[Sequence[int]
     if caches is not None and prefix.resume is not None:
         return gate.log_odds(prefix.resume(caches).closed(gate))
     count, result = len(gate.closing), torch.zeros(len(prompts), device=gate.base.device)
-    for group in alike([len(prompt) for prompt in prompts]) if prefix.pads else [list(range(len(prompts)))]:
+    for group in [list(range(len(prompts)))] if prefix.caches else alike([len(prompt) for prompt in prompts]):
         with torch.no_grad():
             _, rows = prefix.begin([prompts[i][:-count] for i in group], 0)
         result = result.index_copy(0, torch.tensor(group, device=result.device), gate.log_odds(rows.closed(gate)))
@@ -166,7 +167,7 @@ class _PlainRows:
         order = [i for group in groups for i in group]  # of the rows in the flat sequence
         ids = torch.tensor([token for i in order for token in prompts[i]], device=base.device)
         positions = torch.cat([self.start + torch.arange(lengths[i]) for i in order]).to(base.device)
-        together = [_Together(self, group) for group in groups]
+        together = [_Together(self, group, [lengths[i] for i in group]) for group in groups]
         sizes = [part.at.tokens for part in together]
         count = len(ids)
         aside = None if gate is None else _Aside(self, gate, self.start + self.lengths - len(gate.closing))
@@ -239,8 +240,8 @@ class _PlainRows:
 class _Together:
     """Some of the rows, alike in length, whose own tokens stand together in the flat sequence."""
 
-    def __init__(self, rows: _PlainRows, group: list[int]) -> None:
-        self.rows, self.at = rows, Layout(0, [int(rows.lengths[i]) for i in group], rows.prefix[0].keys)
+    def __init__(self, rows: _PlainRows, group: list[int], lengths: list[int]) -> None:
+        self.rows, self.at = rows, Layout(0, lengths, rows.prefix[0].keys)
         device = rows.lengths.device
         # a slice is no copy: where all rows are alike and in order, what they see is read where it is kept
         whole = group == list(range(len(rows.lengths)))

@@ -256,6 +256,20 @@ def test_a_gate_refuses_as_many_validation_prompts_as_the_system(
     assert sum(Engine(small, unbiased).refuses(texts)) != wanted
 
 
+def test_the_bias_is_that_of_the_best_gate_not_of_the_last(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    trainer = _Trainer(recipe(prompts, "distil.adapter=gate", "distil.validation_prompts=24"), corpus, tmp_path, small)
+    last = trainer._bias()  # of the start, which is also the best so far
+    trainer.best = {name: tensor.flip(0).neg() for name, tensor in trainer.best.items()}
+    other = trainer._bias()
+    assert abs(other - last) > 0.01
+    facts = {**trainer.student.facts, "bias": other}
+    texts = [e.prompt for e in corpus.examples("validation", list(range(24)))]
+    refused = Engine(small, replace(trainer.student, tensors=trainer.best, facts=facts)).refuses(texts)
+    assert sum(refused) == int((corpus.refusal_rates("validation") > 0.5).sum())
+
+
 def test_a_gate_learns_the_same_of_kept_caches_and_runs_the_base_no_more(
     prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
