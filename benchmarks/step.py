@@ -138,9 +138,8 @@ def products(base: BaseModel, step: Callable[[], Any]) -> Callable[[], None]:
     def like(tensor: Tensor) -> Tensor:
         key = (tensor.shape, tensor.stride(), tensor.dtype)
         if key not in made:
-            room = 1 + sum(
-                (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
-            )  # expanded ones overlap
+            # an expanded tensor's elements share memory, which nothing random can be written to in place
+            room = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
             made[key] = torch.randn(room, dtype=tensor.dtype, device=tensor.device).as_strided(*key[:2])
         return made[key]
 
