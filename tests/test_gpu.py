@@ -14,7 +14,7 @@ from softguard.engine import Engine
 from softguard.models import load_base
 from softguard.system import SafeSystem
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the processor, and there is no GPU")
 
 
 @pytest.mark.parametrize(
