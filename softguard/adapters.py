@@ -70,6 +70,7 @@ class Adapter:
     def fingerprint(self) -> str:
         """Identity of what it does to the model: 16 hex digits."""
         said = f" {self.facts.get('refusal')} {self.facts.get('bias', 0.0)}" if self.kind == "gate" else ""
+        said += f" {self.facts['members']}" if self.facts.get("members", 1) > 1 else ""
         digest = hashlib.sha256(f"{self.kind} {self.slot} {self.text}{said}".encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())

@@ -84,6 +84,7 @@ class DistilConfig:
     length: Literal["sum", "mean"] = "sum"  # log-probabilities summed (calibrated) or averaged over tokens
     slot: Literal["start", "system"] = "start"
     n_soft: int = 8
+    members: int = 1  # of a gate, which share n_soft among them, see `gate`
     init_text: str = DEFAULT_INSTRUCTION  # what a prompt or prefix starts from, and the whole of a text
     budget: int = 57_600  # numbers a lora may train; its rank and targets come as near as they can
     depth: float = 0.5  # of the layer a steering vector is added to, as a share of all layers
@@ -160,7 +161,8 @@ class Recipe:
         """Raises SoftguardError for values no stage could run with."""
         d, t = self.distil, self.teach
         positive = {
-            "distil.n_soft": d.n_soft, "distil.batch_size": d.batch_size, "distil.budget": d.budget, "distil.beta": d.beta,
+            "distil.n_soft": d.n_soft, "distil.members": d.members, "distil.batch_size": d.batch_size,
+            "distil.budget": d.budget, "distil.beta": d.beta,
             "distil.accumulate": d.accumulate, "distil.learning_rate": d.learning_rate, "distil.clip": d.clip,
             "distil.validate_every": d.validate_every, "distil.validation_prompts": d.validation_prompts,
             "distil.patience": d.patience, "distil.checkpoint_every": d.checkpoint_every,
@@ -190,6 +192,8 @@ class Recipe:
                 f"teach.max_new_tokens is 0, but distil.adapter is {d.adapter} and system.mode {self.system.mode}; only a gate "
                 "behind a guard in prompt mode is taught without responses"
             )
+        if d.adapter == "gate" and d.n_soft % d.members:
+            raise SoftguardError(f"distil.members is {d.members}; it must divide distil.n_soft {d.n_soft}, which they share")
         if d.accumulate > d.batch_size:
             raise SoftguardError(f"distil.accumulate is {d.accumulate}; it must not exceed distil.batch_size {d.batch_size}")
         shares = {

@@ -24,7 +24,7 @@ class Output(NamedTuple):
 
     logits: Tensor  # (rows, vocabulary) float32 at least
     hidden: Tensor  # (rows, hidden)
-    gated: Tensor | None = None  # (rows, hidden), of the pass beside a gate, where the response begins
+    gated: Tensor | None = None  # (rows · members, hidden), of the pass beside a gate, where the response begins
 
 
 class Decoding(Protocol):
@@ -37,7 +37,10 @@ class Decoding(Protocol):
         """Drop all rows but those at these indices."""
 
     def closed(self, gate: Gate) -> Tensor:
-        """Last hidden states, (rows, hidden), of closings behind the rows that see the gate; gradients reach it. Comes last."""
+        """Last hidden states, (rows · members, hidden), of closings behind the rows that see the gate; gradients reach it.
+
+        Comes last.
+        """
 
 
 Begin = Callable[[Sequence[Sequence[int]], int], tuple[Output, Decoding]]  # prompts, new tokens at most
@@ -91,17 +94,17 @@ def _run_prefix(base: BaseModel, prefix: ConstantPrefix) -> Any:
 
 
 def gated_log_odds(gate: Gate, prefix: Resident, prompts: Sequence[Sequence[int]], caches: Caches | None = None) -> Tensor:
-    """A gate's log-odds of refusing, (prompts,), with gradients to it; `prefix` is kept without one.
+    """The log-odds of refusing of a gate's members, (prompts, members), with gradients to it; `prefix` is kept without one.
 
     What comes before the closing does not depend on the gate, so the pass over it has none, and is spared by its `caches`.
     """
     if caches is not None and prefix.resume is not None:
-        return gate.log_odds(prefix.resume(caches).closed(gate))
-    count, result = len(gate.closing), torch.zeros(len(prompts), device=gate.base.device)
+        return gate.each(prefix.resume(caches).closed(gate))
+    count, result = len(gate.closing), torch.zeros(len(prompts), gate.members, device=gate.base.device)
     for group in [list(range(len(prompts)))] if prefix.caches else alike([len(prompt) for prompt in prompts]):
         with torch.no_grad():
             _, rows = prefix.begin([prompts[i][:-count] for i in group], 0)
-        result = result.index_copy(0, torch.tensor(group, device=result.device), gate.log_odds(rows.closed(gate)))
+        result = result.index_copy(0, torch.tensor(group, device=result.device), gate.each(rows.closed(gate)))
     return result
 
 
@@ -266,18 +269,23 @@ class _Together:
 
 
 class _Aside:
-    """Closings beside a gate: (rows · n,) tokens that see what stands before positions `before` (rows,), where they begin."""
+    """Closings beside a gate, one a member: (rows · members · n,) tokens that see what stands before positions `before`
+    (rows,), where they begin, and their own member.
+    """
 
     def __init__(self, rows: _PlainRows, gate: Gate, before: Tensor) -> None:
-        device, count = before.device, len(gate.closing)
+        device, count, many = before.device, len(gate.closing), gate.members
         self.rows, self.gate = rows, gate.turned(before)
-        self.ids = torch.tensor(gate.closing, device=device).repeat(len(before))
-        self.positions = (before[:, None] + torch.arange(count, device=device)).flatten()
+        self.ids = torch.tensor(gate.closing, device=device).repeat(len(before) * many)
+        self.positions = (before[:, None] + torch.arange(count, device=device).repeat(many)).flatten()
         self.last = torch.arange(count - 1, len(self.ids), count, device=device)
         width = rows.start + rows.longest
-        there = (torch.arange(width, device=device) < before[:, None])[:, None].expand(-1, count, -1)
-        own = torch.ones(count, gate.n_soft + count, dtype=torch.bool, device=device).tril(gate.n_soft)
-        seen = torch.cat([there, own.expand(len(before), -1, -1)], dim=-1)  # (rows, n, tokens, gate and n)
+        there = (torch.arange(width, device=device) < before[:, None])[:, None].expand(-1, many * count, -1)
+        place = torch.arange(many * count, device=device)
+        whose = (torch.arange(gate.n_soft, device=device) * many // gate.n_soft, place // count)
+        own = place[:, None] // count == torch.cat(whose)
+        own[:, gate.n_soft :] &= place[:, None] >= place
+        seen = torch.cat([there, own.expand(len(before), -1, -1)], dim=-1)  # (rows, many · n, tokens, gate and many · n)
         self.layers = [Beside(kept.keys[:, :, :width], kept.values[:, :, :width], seen) for kept in rows.buffers]
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

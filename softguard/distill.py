@@ -110,6 +110,7 @@ def _facts(recipe: Recipe, corpus: Corpus, base: BaseModel) -> dict[str, Any]:
         "objective": recipe.distil.objective,
         "length": recipe.distil.length,
         "refusal": corpus.manifest["refusals"][0],
+        **({"members": recipe.distil.members} if recipe.distil.adapter == "gate" else {}),
         "guard": corpus.manifest["guard"],
         "corpus": corpus.fingerprint,
         "settings": _settings(recipe, corpus, base),
@@ -235,12 +236,13 @@ class _Trainer:
 
     def _branches(self, examples: Sequence[Example], epoch: int, prompts: int) -> Losses:
         if self.student.kind == "gate":
-            return gate.losses(self.passes.log_odds(examples), self._soft_rates(examples), prompts)
+            return self._gate_losses(self.passes.log_odds(examples), examples, prompts)
         return self.objective(self._batch(examples, epoch, prompts)[0], self.config.length)
 
-    def _soft_rates(self, examples: Sequence[Example]) -> Tensor:
-        rates = [e.soft_refusal_rate(self.corpus.manifest["threshold"]) for e in examples]
-        return torch.tensor(rates, dtype=torch.float32, device=self.base.device)
+    def _gate_losses(self, log_odds: Tensor, examples: Sequence[Example], prompts: int) -> Losses:
+        """Mean over the columns of (examples, …) log-odds, so that members learn each by itself."""
+        rates = [[e.soft_refusal_rate(self.corpus.manifest["threshold"])] for e in examples]
+        return gate.losses(log_odds, torch.tensor(rates, device=log_odds.device), prompts * log_odds.shape[1])
 
     def _backward(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
@@ -287,9 +289,9 @@ class _Trainer:
         for indices in batches:
             examples = self._examples("validation", indices)
             if self.student.kind == "gate":
-                log_odds = self.passes.log_odds(examples)
+                log_odds = self.passes.log_odds(examples).mean(-1)
                 probes.append(self.passes.gate_probe(examples, log_odds))
-                branch = gate.losses(log_odds, self._soft_rates(examples), take)
+                branch = self._gate_losses(log_odds[:, None], examples, take)
                 safe, refusal = safe + branch.safe.item(), refusal + branch.refusal.item()
                 continue
             batch, first = self._batch(examples, 0, take, pairs=False)
@@ -325,7 +327,7 @@ class _Trainer:
         log_odds, refused = [], []
         for indices in self._validation_batches():
             examples = self._examples("validation", indices)
-            log_odds.append(self.passes.log_odds(examples).cpu())
+            log_odds.append(self.passes.log_odds(examples).mean(-1).cpu())
             refused += [e.refusal_rate > 0.5 for e in examples]
         return gate.bias(torch.cat(log_odds), torch.tensor(refused))
 

@@ -11,6 +11,9 @@ the system cuts the guard's probability at a threshold, U is taken before the cu
 less certain than its teacher, so fewer of its g than of the teacher's U reach ½; a `bias`, added to the log-odds and chosen
 on validation prompts, mends that.
 
+Part of what a gate gets wrong is chance, so it may have *members*: smaller gates that divide its vectors among them, see nothing
+of each other and learn each by itself; the log-odds are their mean (Lakshminarayanan et al., 2017).
+
 Keys are kept unturned and stand right before the closing wherever that is, so that a prompt's length changes nothing.
 """
 
@@ -35,14 +38,15 @@ class Gate:
 
     base: BaseModel
     closing: tuple[int, ...]  # the template's tokens between the user's text and the response
-    keys: Tensor  # (layers, key heads, n_soft, width) float32, unturned
+    keys: Tensor  # (layers, key heads, n_soft, width) float32, unturned; a member's stand together
     values: Tensor  # likewise
     refusal: tuple[int, ...]  # y_r, the end-of-turn token included
     bias: float = 0.0  # added to the log-odds
+    members: int = 1  # of n_soft/members positions each
 
     @classmethod
     def of(cls, base: BaseModel, chat: Chat, adapter: Adapter) -> "Gate":
-        """From an adapter's vectors, which gradients reach, and the refusal and bias its facts name.
+        """From an adapter's vectors, which gradients reach, and the refusal, bias and members its facts name.
 
         Raises SoftguardError if the template has no closing.
         """
@@ -51,7 +55,7 @@ class Gate:
         heads, width = base.key_heads
         keys, values = adapter.vectors.view(len(adapter.vectors), -1, 2, heads, width).permute(2, 1, 3, 0, 4)
         refusal = tuple(chat.encode_response(adapter.facts["refusal"]))
-        return cls(base, chat.closing, keys, values, refusal, adapter.facts.get("bias", 0.0))
+        return cls(base, chat.closing, keys, values, refusal, adapter.facts.get("bias", 0.0), adapter.facts.get("members", 1))
 
     @property
     def n_soft(self) -> int:
@@ -60,21 +64,25 @@ class Gate:
 
     def turned(self, before: Tensor) -> list[tuple[Tensor, Tensor]]:
         """By layer, keys and values (rows, key heads, n_soft, width); keys stand right before positions `before` (rows,)."""
-        positions = before[:, None] + torch.arange(-self.n_soft, 0, device=before.device)
+        own = torch.arange(-(self.n_soft // self.members), 0, device=before.device)
+        positions = before[:, None] + own.repeat(self.members)
         keys = turned(self.keys[:, None], *turns(self.base.model.get_decoder(), self.keys, positions))
         rows = (x.to(self.base.model.dtype).expand(-1, len(before), -1, -1, -1) for x in (keys, self.values[:, None]))
         return list(zip(*rows, strict=True))
 
     def hidden(self, cache: Any, mask: Tensor, positions: Tensor) -> Tensor:
-        """Last hidden states, (rows, hidden), at the end of a closing that follows `cache` and sees the gate.
+        """Last hidden states, (rows · members, hidden), at the end of a closing that follows `cache` and sees a member.
 
         `cache`: transformers', of (rows, tokens) that are real where `mask` is 1; it is changed. `positions`: (rows,), of the
         closing's first token.
         """
-        for index, (keys, values) in enumerate(self.turned(positions)):
-            cache.update(keys, values, index)
+        cache.batch_repeat_interleave(self.members)
+        for index, pair in enumerate(self.turned(positions)):
+            own = (torch.stack(x.chunk(self.members, dim=2), dim=1).flatten(0, 1) for x in pair)
+            cache.update(*own, index)
+        mask, positions = (x.repeat_interleave(self.members, dim=0) for x in (mask, positions))
         closing = torch.tensor(self.closing, device=mask.device)
-        more = self.n_soft + len(closing)
+        more = self.n_soft // self.members + len(closing)
         output = self.base.model.get_decoder()(
             input_ids=closing.expand(len(mask), -1),
             attention_mask=torch.cat([mask, mask.new_ones(len(mask), more)], dim=1),
@@ -85,14 +93,18 @@ class Gate:
         return output.last_hidden_state[:, -1]  # type: ignore[no-any-return]
 
     def log_odds(self, hidden: Tensor) -> Tensor:
-        """log g − log(1 − g), (rows,) float32 at least, from what `hidden` gives, and the bias."""
+        """log g − log(1 − g), (rows,) float32 at least, from what `hidden` gives: the members' mean, and the bias."""
+        return self.each(hidden).mean(-1) + self.bias
+
+    def each(self, hidden: Tensor) -> Tensor:
+        """The members' own log-odds, (rows, members), without the bias."""
         law = log_law(hidden, self.base.head)
         token = torch.tensor(self.refusal[0], device=law.device)
-        return law[:, token] - log_avoids(law, token) + self.bias
+        return (law[:, token] - log_avoids(law, token)).view(-1, self.members)
 
 
 def losses(log_odds: Tensor, refusal_rate: Tensor, prompts: float) -> Losses:
-    """KL(P‖q) of the two mixtures, summed over (rows,) prompts and divided by `prompts`: with it TV(P, q) = |U − g| vanishes.
+    """KL(P‖q) of the two mixtures, summed over log-odds and divided by `prompts`: with it TV(P, q) = |U − g| vanishes.
 
     safe branch: (1 − U)·(log(1 − U) − log(1 − g)); refusal branch: U·(log U − log g).
     """

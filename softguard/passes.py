@@ -45,7 +45,7 @@ class Passes:
         return packed_hidden(self.base, self._teacher_prefix, rows, wanted) if rows else []
 
     def log_odds(self, examples: Sequence[Example]) -> Tensor:
-        """A gate's log-odds of refusing the examples' prompts, (examples,); gradients reach the adapter."""
+        """The log-odds of refusing of a gate's members, (examples, members); gradients reach the adapter."""
         gate = Gate.of(self.base, self.chat, self.adapter)
         prompts, caches = [self.chat.encode(e.prompt) for e in examples], [e.cache for e in examples if e.cache is not None]
         return gated_log_odds(gate, self._resident, prompts, caches if len(caches) == len(examples) else None)

@@ -256,7 +256,7 @@ def test_override_below_a_value_of_the_file_is_told(tmp_path: Path) -> None:
 
 
 POSITIVE = [
-    *(f"distil.{key}" for key in ("n_soft", "batch_size", "accumulate", "learning_rate", "clip", "validate_every")),
+    *(f"distil.{key}" for key in ("n_soft", "members", "batch_size", "accumulate", "learning_rate", "clip", "validate_every")),
     *(f"distil.{key}" for key in ("validation_prompts", "patience", "checkpoint_every", "budget", "beta")),
     *(f"teach.{key}" for key in ("responses", "batch_size", "shard_size")),
     *(f"evaluate.{key}" for key in ("max_new_tokens", "batch_size")),
@@ -316,6 +316,12 @@ def test_threshold_may_be_either_end() -> None:
 def test_refusal_must_say_something() -> None:
     with pytest.raises(SoftguardError, match=r"system\.refusal is empty"):
         load_recipe(overrides=["system.refusal='  '"])
+
+
+def test_the_members_of_a_gate_share_its_vectors_equally() -> None:
+    assert load_recipe(overrides=["distil.n_soft=9", "distil.members=3"]).distil.members == 3
+    with pytest.raises(SoftguardError, match=r"distil\.members is 3; it must divide distil\.n_soft 8"):
+        load_recipe(overrides=["distil.members=3"])
 
 
 def test_micro_batches_must_not_outnumber_prompts() -> None:

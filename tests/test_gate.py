@@ -129,7 +129,7 @@ def test_training_sees_the_log_odds_of_the_pass_and_reaches_every_key_and_value(
     gate = Gate.of(small, chat, replace(adapter, tensors={VECTORS: vectors}))
     rows = [chat.encode(text) for text in ROWS]
     odds = gated_log_odds(gate, keep_prefix(small, constant_prefix(small, chat, None)), rows)
-    for value, row in zip(odds, rows, strict=True):
+    for value, row in zip(odds[:, 0], rows, strict=True):
         with torch.no_grad():
             law = small.model.get_output_embeddings()(one_row(small, chat, adapter, row)).softmax(-1)
         q = law[chat.encode_response(REFUSAL)[0]]
@@ -138,6 +138,51 @@ def test_training_sees_the_log_odds_of_the_pass_and_reaches_every_key_and_value(
     assert vectors.grad is not None
     layers = small.model.config.num_hidden_layers
     assert (vectors.grad.view(len(vectors), 2 * layers, -1).abs().amax(-1) > 0).all()
+
+
+def parts_of(adapter: Adapter, members: int) -> list[Adapter]:
+    """Its members, a gate each."""
+    return [replace(adapter, tensors={VECTORS: part}) for part in adapter.vectors.chunk(members)]
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["written out", "by transformers"])
+@pytest.mark.parametrize("members", [2, 3])
+def test_members_are_gates_side_by_side_whose_log_odds_are_averaged(
+    small: BaseModel, monkeypatch: pytest.MonkeyPatch, plain: bool, members: int
+) -> None:
+    monkeypatch.setattr(frozen, "is_plain", lambda decoder: plain)
+    whole = gate_adapter(small, n_soft=6)
+    adapter = replace(whole, facts={**whole.facts, "members": members, "bias": 0.5})
+    alone = torch.stack([Engine(small, part).log_odds(ROWS) for part in parts_of(whole, members)])
+    assert (alone[0] - alone[1]).abs().min() > 1e-2
+    torch.testing.assert_close(Engine(small, adapter).log_odds(ROWS), alone.mean(0) + 0.5, rtol=1e-3, atol=1e-3)
+    assert adapter.fingerprint != replace(adapter, facts={**adapter.facts, "members": 1}).fingerprint
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["written out", "by transformers"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept caches", "own pass"])
+def test_a_member_learns_as_it_would_alone(
+    small: BaseModel, chat: Chat, monkeypatch: pytest.MonkeyPatch, plain: bool, kept: bool
+) -> None:
+    resident = keep_prefix(small, constant_prefix(small, chat, None))
+    caches = Engine(small).caches(ROWS) if kept else None
+    monkeypatch.setattr(frozen, "is_plain", lambda decoder: plain)
+    if not plain:
+        resident = keep_prefix(small, constant_prefix(small, chat, None))
+    rows, whole = [chat.encode(text) for text in ROWS], gate_adapter(small, n_soft=6)
+    weights = torch.tensor([1.0, 2.0, 3.0])
+
+    def gradient(adapter: Adapter) -> Tensor:
+        vectors = adapter.vectors.clone().requires_grad_()
+        gate = Gate.of(small, chat, replace(adapter, tensors={VECTORS: vectors}))
+        odds = gated_log_odds(gate, resident, rows, caches)
+        losses(odds, weights[:, None] / 4, 3 * odds.shape[1]).safe.backward()  # type: ignore[no-untyped-call]
+        assert vectors.grad is not None
+        return vectors.grad
+
+    together = gradient(replace(whole, facts={**whole.facts, "members": 2}))
+    alone = torch.cat([gradient(part) for part in parts_of(whole, 2)]) / 2
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-5)
 
 
 def test_the_bias_is_added_to_the_log_odds_wherever_they_are_made(small: BaseModel) -> None:
@@ -175,7 +220,7 @@ def test_the_gradient_of_the_written_out_pass_is_that_of_transformers(
         vectors = adapter.vectors.clone().requires_grad_()
         gate = Gate.of(small, chat, replace(adapter, tensors={VECTORS: vectors}))
         odds = gated_log_odds(gate, keep_prefix(small, constant_prefix(small, chat, None)), rows)
-        (odds * torch.arange(1.0, 1 + len(rows))).sum().backward()  # type: ignore[no-untyped-call]
+        (odds[:, 0] * torch.arange(1.0, 1 + len(rows))).sum().backward()  # type: ignore[no-untyped-call]
         assert vectors.grad is not None
         found.append((odds.detach(), vectors.grad))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
