@@ -11,8 +11,8 @@ the system cuts the guard's probability at a threshold, U is taken before the cu
 less certain than its teacher, so fewer of its g than of the teacher's U reach ½; a `bias`, added to the log-odds and chosen
 on validation prompts, mends that.
 
-Part of what a gate gets wrong is chance, so it may have *members*: smaller gates that divide its vectors among them, see nothing
-of each other and learn each by itself; the log-odds are their mean (Lakshminarayanan et al., 2017).
+Part of what a gate gets wrong is chance, so it may have *members*: smaller gates that divide its vectors among them, see
+nothing of each other and learn each by itself; the log-odds are their mean (Lakshminarayanan et al., 2017).
 
 Keys are kept unturned and stand right before the closing wherever that is, so that a prompt's length changes nothing.
 """
