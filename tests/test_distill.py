@@ -243,11 +243,14 @@ def test_a_corpus_with_the_bases_hidden_states_gives_the_same_gradient(
     torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-3 * float(gradients[0].abs().max()))  # kept in bfloat16
 
 
+@pytest.mark.parametrize("members", [1, 2])
 def test_a_gate_refuses_as_many_validation_prompts_as_the_system(
-    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path, members: int
 ) -> None:
-    changes = ["distil.adapter=gate", "distil.steps=2", "distil.validation_prompts=24"]  # too few steps to get there by itself
-    adapter = distil(recipe(prompts, *changes), corpus, tmp_path, small)
+    # too few steps to get there by itself
+    changes = ["distil.adapter=gate", "distil.n_soft=4", "distil.steps=2", "distil.validation_prompts=24"]
+    adapter = distil(recipe(prompts, *changes, f"distil.members={members}"), corpus, tmp_path, small)
+    assert adapter.facts["members"] == members
     texts = [e.prompt for e in corpus.examples("validation", list(range(24)))]
     wanted = int((corpus.refusal_rates("validation") > 0.5).sum())
     assert 0 < wanted < 24
