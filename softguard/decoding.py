@@ -1,7 +1,7 @@
 """Answers token by token behind a resident prefix, whose keys and values are computed once and copied to every row.
 
-Models `frozen` knows run written out: prompts are not padded, and keys and values lie in buffers of the length they will
-need. All others run as transformers has them.
+Models `frozen` knows run written out: prompts are not padded, and keys and values lie in buffers that grow a block of columns
+at a time. All others run as transformers has them.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ class Decoding(Protocol):
         """
 
 
-Begin = Callable[[Sequence[Sequence[int]], int], tuple[Output, Decoding]]  # prompts, new tokens at most
+Begin = Callable[[Sequence[Sequence[int]]], tuple[Output, Decoding]]  # of prompts
 Caches = Sequence[Tensor]  # of rows, the keys and values behind the prefix, (layers, 2, key heads, tokens, width) each
 
 
@@ -56,7 +56,7 @@ class Resident(NamedTuple):
     length: int
     begin: Begin
     caches: Callable[[Sequence[Sequence[int]]], Caches] | None = None  # of prompts
-    resume: Callable[[Caches], Decoding] | None = None  # as `begin` leaves rows that want no new tokens
+    resume: Callable[[Caches], Decoding] | None = None  # as `begin` leaves rows
 
 
 @torch.no_grad()
@@ -72,16 +72,16 @@ def keep_prefix(base: BaseModel, prefix: ConstantPrefix, gate: Gate | None = Non
         kept = _run_plain_prefix(base, prefix)
 
         def caches(prompts: Sequence[Sequence[int]]) -> Caches:
-            return _PlainRows.begin(base, kept, prompts, 0)[1].caches()
+            return _PlainRows.begin(base, kept, prompts)[1].caches()
 
         return Resident(
             prefix.length,
-            lambda prompts, new: _PlainRows.begin(base, kept, prompts, new, gate),
+            lambda prompts: _PlainRows.begin(base, kept, prompts, gate),
             caches=caches,
             resume=lambda caches: _PlainRows.resume(base, kept, caches),
         )
     cache = _run_prefix(base, prefix)
-    return Resident(prefix.length, lambda prompts, new: _AnyRows.begin(base, cache, prompts, gate))
+    return Resident(prefix.length, lambda prompts: _AnyRows.begin(base, cache, prompts, gate))
 
 
 def _run_prefix(base: BaseModel, prefix: ConstantPrefix) -> Any:
@@ -103,7 +103,7 @@ def gated_log_odds(gate: Gate, prefix: Resident, prompts: Sequence[Sequence[int]
     count, result = len(gate.closing), torch.zeros(len(prompts), gate.members, device=gate.base.device)
     for group in [list(range(len(prompts)))] if prefix.caches else alike([len(prompt) for prompt in prompts]):
         with torch.no_grad():
-            _, rows = prefix.begin([prompts[i][:-count] for i in group], 0)
+            _, rows = prefix.begin([prompts[i][:-count] for i in group])
         result = result.index_copy(0, torch.tensor(group, device=result.device), gate.each(rows.closed(gate)))
     return result
 
@@ -117,6 +117,9 @@ def alike(lengths: Sequence[int]) -> list[list[int]]:
         else:
             groups.append([i])
     return groups
+
+
+_ROOM = 32  # columns: growing copies all, an empty column is read in vain
 
 
 class _Kept(NamedTuple):
@@ -150,22 +153,28 @@ def _run_plain_prefix(base: BaseModel, prefix: ConstantPrefix) -> list[_Kept]:
 class _PlainRows:
     """Rows of a model that runs written out."""
 
-    def __init__(self, base: BaseModel, prefix: list[_Kept], lengths: Sequence[int], new: int) -> None:
+    def __init__(self, base: BaseModel, prefix: list[_Kept], lengths: Sequence[int]) -> None:
         self.base, self.decoder, self.prefix = base, base.model.get_decoder(), prefix
         self.scaling = frozen.scaling(self.decoder)
         self.lengths = torch.tensor(lengths, device=base.device)
         self.longest = max(lengths)
         groups, self.start, width = prefix[0].keys.shape
-        # (rows, key heads, tokens, width); every row's own copy of the prefix first, so that one call attends to all
-        shape = (len(lengths), groups, self.start + self.longest + new, width)
+        # (rows, key heads, columns, width); every row's own copy of the prefix first, so that one call attends to all. No part
+        # is left out of that call, for what is not contiguous is copied: what a row does not see is hidden, and there is little
+        # more room than there are tokens
+        shape = (len(lengths), groups, self.start + self.longest, width)
         self.buffers = [_Kept(*(x.new_zeros(shape) for x in kept)) for kept in prefix]
+        behind = torch.arange(shape[2], device=base.device) >= self.start + self.lengths[:, None]
+        # (rows, columns) added to scores
+        self.hidden = self.buffers[0].keys.new_zeros(behind.shape)
+        self.hidden.masked_fill_(behind, torch.finfo(self.hidden.dtype).min)
 
     @classmethod
     def begin(
-        cls, base: BaseModel, prefix: list[_Kept], prompts: Sequence[Sequence[int]], new: int, gate: Gate | None = None
+        cls, base: BaseModel, prefix: list[_Kept], prompts: Sequence[Sequence[int]], gate: Gate | None = None
     ) -> tuple[Output, "_PlainRows"]:
         lengths = [len(prompt) for prompt in prompts]
-        self = cls(base, prefix, lengths, new)
+        self = cls(base, prefix, lengths)
         groups = alike(lengths)
         order = [i for group in groups for i in group]  # of the rows in the flat sequence
         ids = torch.tensor([token for i in order for token in prompts[i]], device=base.device)
@@ -191,7 +200,7 @@ class _PlainRows:
 
     @classmethod
     def resume(cls, base: BaseModel, prefix: list[_Kept], caches: Caches) -> "_PlainRows":
-        self = cls(base, prefix, [cache.shape[3] for cache in caches], 0)
+        self = cls(base, prefix, [cache.shape[3] for cache in caches])
         for index, layer in enumerate(self.buffers):
             for buffer, resident in zip(layer, prefix[index], strict=True):
                 buffer[:, :, : self.start] = resident
@@ -208,22 +217,28 @@ class _PlainRows:
         ]
 
     def step(self, ids: Tensor) -> Output:
-        positions = self.start + self.lengths
-        rows, width = torch.arange(len(ids), device=ids.device), self.start + self.longest + 1
-        seen = (torch.arange(width, device=ids.device) <= positions[:, None])[:, None, None]  # (rows, 1, 1, tokens)
-        mask = None if len(ids) == 1 else seen
+        groups, column = self.buffers[0].keys.shape[1], self.start + self.longest  # of the new tokens of all rows
+        if column == self.hidden.shape[1]:
+            self._make_room()
+        self.hidden[:, column] = 0
+        hidden = self.hidden[:, None, None].expand(-1, groups, -1, -1).flatten(0, 1)  # (rows · key heads, 1, columns)
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.buffers[index]
-            keys[rows, :, positions], values[rows, :, positions] = k, v
-            mixed = torch.nn.functional.scaled_dot_product_attention(  # heads of one key stand as its queries
-                q.view(len(ids), k.shape[1], -1, k.shape[2]), keys[:, :, :width], values[:, :, :width], mask, scale=self.scaling
-            )
-            return mixed.reshape(q.shape)
+            keys[:, :, column], values[:, :, column] = k, v
+            queries = q.view(len(hidden), -1, q.shape[-1])  # heads of one key stand as its queries
+            scores = torch.baddbmm(hidden, queries, keys.flatten(0, 1).mT, alpha=self.scaling)
+            return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(q.shape)
 
-        hidden = frozen.infer(self.decoder, self.base.model.get_input_embeddings()(ids), positions, attend)
+        embeddings = self.base.model.get_input_embeddings()(ids)
+        last = frozen.infer(self.decoder, embeddings, self.start + self.lengths, attend)
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
-        return self._output(hidden)
+        return self._output(last)
+
+    def _make_room(self) -> None:
+        self.hidden = torch.nn.functional.pad(self.hidden, (0, _ROOM), value=torch.finfo(self.hidden.dtype).min)
+        for index, kept in enumerate(self.buffers):
+            self.buffers[index] = _Kept(*(torch.nn.functional.pad(x, (0, 0, 0, _ROOM)) for x in kept))
 
     def closed(self, gate: Gate) -> Tensor:
         aside = _Aside(self, gate, self.start + self.lengths)
@@ -231,8 +246,7 @@ class _PlainRows:
         return frozen.run_layers(self.decoder, embeddings, aside.positions, aside.layers, aside.gate)[aside.last]
 
     def keep(self, rows: Tensor) -> None:
-        self.lengths = self.lengths[rows]
-        self.longest = int(self.lengths.max())
+        self.lengths, self.hidden = self.lengths[rows], self.hidden[rows]
         self.buffers = [_Kept(*(x[rows] for x in kept)) for kept in self.buffers]
 
     def _output(self, hidden: Tensor) -> Output:

@@ -107,7 +107,7 @@ class Engine:
         encoded = [self.chat.encode(prompt) for prompt in prompts]
         result = torch.empty(len(prompts))
         for batch in _by_length(encoded, batch_size):
-            output, _ = self.prefix.begin([encoded[i] for i in batch], 0)
+            output, _ = self.prefix.begin([encoded[i] for i in batch])
             assert output.gated is not None
             result[batch] = self.gate.log_odds(output.gated).cpu().float()
             progress(len(batch))
@@ -165,7 +165,7 @@ class Engine:
         self, prompts: Sequence[list[int]], new: int, temperature: float, draws: Tensor | None
     ) -> Iterator[dict[int, _Token]]:
         """Yield, step by step, the next token of every row that has not ended."""
-        output, decoding = self.prefix.begin(prompts, new)
+        output, decoding = self.prefix.begin(prompts)
         refused: set[int] = set()
         if self.gate is not None and output.gated is not None:
             refused, draws = _refused(self.gate.log_odds(output.gated), draws)

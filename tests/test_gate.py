@@ -82,7 +82,7 @@ def test_rows_pass_the_gate_and_go_on_as_the_bases(
     rows = [chat.encode(text) for text in ROWS]
     resident = make_resident(small, chat, adapter, Gate.of(small, chat, adapter))
     assert resident.length == len(chat.prefix.after)
-    output, decoding = resident.begin(rows, 2)
+    output, decoding = resident.begin(rows)
     assert output.gated is not None
     prefix = constant_prefix(small, chat, None)
     for i, row in enumerate(rows):
@@ -105,7 +105,7 @@ def test_a_model_without_rotary_positions_has_its_keys_as_they_are(small: BaseMo
     chat = Chat(base.tokenizer, "start", base.stop_ids)
     adapter = gate_adapter(base)
     rows = [chat.encode(text) for text in ROWS]
-    output, _ = make_resident(base, chat, adapter, Gate.of(base, chat, adapter)).begin(rows, 2)
+    output, _ = make_resident(base, chat, adapter, Gate.of(base, chat, adapter)).begin(rows)
     assert output.gated is not None
     heads, width = base.key_heads
     vectors = adapter.vectors.view(len(adapter.vectors), -1, 2, heads, width)

@@ -139,7 +139,7 @@ class GenerativeGuard:
             prefix = keep_prefix(self.base, ConstantPrefix(embed(torch.tensor(rows[0][:shared], device=self.base.device))))
             for start in range(0, len(order), _BATCH):
                 batch = order[start : start + _BATCH]
-                output, _ = prefix.begin([rows[i][shared:] for i in batch], 0)
+                output, _ = prefix.begin([rows[i][shared:] for i in batch])
                 law[batch] = output.logits[:, chosen].double().softmax(-1).cpu().numpy()
         return law
 
