@@ -66,7 +66,8 @@ def _sides(base: BaseModel) -> dict[str, Callable[[], Timed]]:
     vectors = initial_vectors(base, "soft_prompt", DEFAULT_INSTRUCTION, N_SOFT)
     alone, soft = Engine(base), Engine(base, Adapter("soft_prompt", {VECTORS: vectors}, "start", {}))
     beside = {VECTORS: initial_vectors(base, "gate", DEFAULT_INSTRUCTION, GATE)}  # untrained: it refuses nothing
-    gated = Engine(base, Adapter("gate", beside, "start", {"refusal": SystemConfig.refusal}))
+    facts = {"refusal": SystemConfig.refusal}
+    one, two = (Engine(base, Adapter("gate", beside, "start", {**facts, "members": members})) for members in (1, 2))
     guard = SafeSystem.from_config(SystemConfig())
     ids = torch.tensor([[*chat.prefix.before, *chat.prefix.after, *chat.encode(PROMPT)]], device=base.device)
     policy = " ".join([DEFAULT_INSTRUCTION] * 20)
@@ -107,7 +108,8 @@ def _sides(base: BaseModel) -> dict[str, Callable[[], Timed]]:
     return {
         "base alone": lambda: stream(alone, Turn("user", PROMPT)),
         f"softguard, {N_SOFT} vectors": lambda: stream(soft, Turn("user", PROMPT)),
-        f"softguard, gate of {GATE} vectors": lambda: stream(gated, Turn("user", PROMPT)),
+        f"softguard, gate of {GATE} vectors": lambda: stream(one, Turn("user", PROMPT)),
+        f"softguard, gate of {GATE} vectors, two members": lambda: stream(two, Turn("user", PROMPT)),
         "peft generate": _peft(vectors, ids, base),
         f"text instruction of {N_SOFT} tokens": lambda: stream(alone, Turn("user", instruction + PROMPT)),
         "system, bundled prompt guard": after_prompt_guard,

@@ -6,7 +6,7 @@ from softguard.engine import Engine
 from softguard.models import load_base
 from softguard.prompts import packaged_suite, thin
 
-SIZES = (16, 64, 256) if torch.cuda.is_available() else (1, 4, 8, 16, 32, 64)  # batches that are tried
+SIZES = (16, 64, 256) if torch.cuda.is_available() else (1, 4, 8, 16, 32, 64, 128)  # batches that are tried
 
 
 def engine_and_texts(split: str, count: int) -> tuple[Engine, list[str]]:

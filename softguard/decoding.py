@@ -24,7 +24,7 @@ class Output(NamedTuple):
 
     logits: Tensor  # (rows, vocabulary) float32 at least
     hidden: Tensor  # (rows, hidden)
-    gated: Tensor | None = None  # (rows · members, hidden), of the pass beside a gate, where the response begins
+    gated: Tensor | None = None  # logits of the pass beside a gate where the response begins, (rows · members, vocabulary)
 
 
 class Decoding(Protocol):
@@ -99,12 +99,13 @@ def gated_log_odds(gate: Gate, prefix: Resident, prompts: Sequence[Sequence[int]
     What comes before the closing does not depend on the gate, so the pass over it has none, and is spared by its `caches`.
     """
     if caches is not None and prefix.resume is not None:
-        return gate.each(prefix.resume(caches).closed(gate))
+        return gate.each(gate.base.head.logits(prefix.resume(caches).closed(gate)))
     count, result = len(gate.closing), torch.zeros(len(prompts), gate.members, device=gate.base.device)
     for group in [list(range(len(prompts)))] if prefix.caches else alike([len(prompt) for prompt in prompts]):
         with torch.no_grad():
             _, rows = prefix.begin([prompts[i][:-count] for i in group])
-        result = result.index_copy(0, torch.tensor(group, device=result.device), gate.each(rows.closed(gate)))
+        odds = gate.each(gate.base.head.logits(rows.closed(gate)))
+        result = result.index_copy(0, torch.tensor(group, device=result.device), odds)
     return result
 
 
@@ -195,8 +196,10 @@ class _PlainRows:
         hidden = frozen.infer(self.decoder, embeddings, positions, attend)
         place = torch.tensor(order, device=base.device)
         last = torch.empty_like(place).index_copy_(0, place, self.lengths[place].cumsum(0) - 1)
-        output = self._output(hidden[last])
-        return output if aside is None else output._replace(gated=hidden[count:][aside.last]), self
+        if aside is None:
+            return self._output(hidden[last]), self
+        logits, ends, _ = self._output(torch.cat([hidden[last], hidden[count:][aside.last]]))  # the head is read once
+        return Output(logits[: len(last)], ends[: len(last)], logits[len(last) :]), self
 
     @classmethod
     def resume(cls, base: BaseModel, prefix: list[_Kept], caches: Caches) -> "_PlainRows":
@@ -324,7 +327,7 @@ class _AnyRows:
             shared.update(*(x.expand(len(prompts), -1, -1, -1) for x in (layer.keys, layer.values)), index)
         self = cls(base, shared, rows.full_mask(length), rows.positions(length))
         output = self._run(rows.ids)
-        return output if gate is None else output._replace(gated=self._aside(gate)), self
+        return output if gate is None else output._replace(gated=self.base.head.logits(self._aside(gate))), self
 
     def _aside(self, gate: Gate) -> Tensor:
         count, before = len(gate.closing), _empty_cache(self.base)

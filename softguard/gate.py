@@ -27,7 +27,6 @@ from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.divergences import P_SAFE_RANGE, log_avoids
 from softguard.errors import SoftguardError
-from softguard.kernels import log_law
 from softguard.models import BaseModel
 from softguard.objectives import Losses
 
@@ -92,13 +91,13 @@ class Gate:
         )
         return output.last_hidden_state[:, -1]  # type: ignore[no-any-return]
 
-    def log_odds(self, hidden: Tensor) -> Tensor:
-        """log g − log(1 − g), (rows,) float32 at least, from what `hidden` gives: the members' mean, and the bias."""
-        return self.each(hidden).mean(-1) + self.bias
+    def log_odds(self, logits: Tensor) -> Tensor:
+        """log g − log(1 − g), (rows,) float32 at least, from logits where `hidden` ends: the members' mean, and the bias."""
+        return self.each(logits).mean(-1) + self.bias
 
-    def each(self, hidden: Tensor) -> Tensor:
-        """The members' own log-odds, (rows, members), without the bias."""
-        law = log_law(hidden, self.base.head)
+    def each(self, logits: Tensor) -> Tensor:
+        """The members' own log-odds, (rows, members), without the bias, of logits (rows · members, vocabulary)."""
+        law = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         token = torch.tensor(self.refusal[0], device=law.device)
         return (law[:, token] - log_avoids(law, token)).view(-1, self.members)
 

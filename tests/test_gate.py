@@ -86,7 +86,8 @@ def test_rows_pass_the_gate_and_go_on_as_the_bases(
     assert output.gated is not None
     prefix = constant_prefix(small, chat, None)
     for i, row in enumerate(rows):
-        torch.testing.assert_close(output.gated[i], one_row(small, chat, adapter, row), rtol=1e-4, atol=1e-4)
+        beside = small.model.get_output_embeddings()(one_row(small, chat, adapter, row))
+        torch.testing.assert_close(output.gated[i], beside, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(output.hidden[i], whole_row(small, prefix, row)[-1], rtol=1e-4, atol=1e-4)
     after = decoding.step(torch.tensor([7, 17, 27]))
     assert after.gated is None
@@ -109,14 +110,15 @@ def test_a_model_without_rotary_positions_has_its_keys_as_they_are(small: BaseMo
     assert output.gated is not None
     heads, width = base.key_heads
     vectors = adapter.vectors.view(len(adapter.vectors), -1, 2, heads, width)
-    for row, hidden in zip(rows, output.gated, strict=True):
+    for row, logits in zip(rows, output.gated, strict=True):
         before, cache = [*chat.prefix.after, *row[: -len(chat.closing)]], DynamicCache()
         base.model.get_decoder()(torch.tensor([before]), past_key_values=cache)
         for layer in range(2):
             cache.update(*(vectors[:, layer, part].transpose(0, 1)[None] for part in (0, 1)), layer)
         positions = len(before) + torch.arange(len(chat.closing))
         alone = base.model.get_decoder()(torch.tensor([chat.closing]), past_key_values=cache, position_ids=positions[None])
-        torch.testing.assert_close(hidden, alone.last_hidden_state[0, -1], rtol=1e-4, atol=1e-4)
+        expected = base.model.get_output_embeddings()(alone.last_hidden_state[0, -1])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["written out", "by transformers"])
