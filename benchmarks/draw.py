@@ -3,9 +3,9 @@
     python -m benchmarks.draw [--rounds 5] [--threads 2] [--prompts 256] [--peer-prompts 64]
 
 Both sample at temperature 1 from SmolLM2-135M-Instruct in bfloat16 where the processor multiplies it, on packaged prompts.
-`generate` gets a share of the prompts, whose speed a prompt does not depend on how many there are; its batch size is chosen
-by a trial of one batch each. On a GPU it also takes its static cache, with the step compiled, all its prompts in one batch,
-since every other shape is compiled anew.
+`generate` gets a share of the prompts, at least one batch, whose speed a prompt does not depend on how many there are; its
+batch size is chosen by a trial of one batch each. On a GPU it also takes its static cache, with the step compiled, all its
+prompts in one batch, since every other shape is compiled anew.
 """
 
 import time
@@ -35,7 +35,7 @@ def main() -> None:
     base = engine.base
     ours, our_trials = _best(lambda size, some: draw(engine, some, size), texts)
     peer, peer_trials = _best(lambda size, some: generate(base, engine.chat, some, size), texts)
-    some = thin(texts, options.peer_prompts)
+    some = thin(texts, max(options.peer_prompts, peer))
     sides: dict[str, Callable[[], int]] = {
         "softguard": lambda: draw(engine, texts, ours),
         "transformers generate": lambda: generate(base, engine.chat, some, peer),
