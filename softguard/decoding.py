@@ -167,8 +167,8 @@ class _PlainRows:
         self.buffers = [_Kept(*(x.new_zeros(shape) for x in kept)) for kept in prefix]
         behind = torch.arange(shape[2], device=base.device) >= self.start + self.lengths[:, None]
         # (rows, columns) added to scores
-        self.hidden = self.buffers[0].keys.new_zeros(behind.shape)
-        self.hidden.masked_fill_(behind, torch.finfo(self.hidden.dtype).min)
+        self.mask = self.buffers[0].keys.new_zeros(behind.shape)
+        self.mask.masked_fill_(behind, torch.finfo(self.mask.dtype).min)
 
     @classmethod
     def begin(
@@ -221,16 +221,16 @@ class _PlainRows:
 
     def step(self, ids: Tensor) -> Output:
         groups, column = self.buffers[0].keys.shape[1], self.start + self.longest  # of the new tokens of all rows
-        if column == self.hidden.shape[1]:
+        if column == self.mask.shape[1]:
             self._make_room()
-        self.hidden[:, column] = 0
-        hidden = self.hidden[:, None, None].expand(-1, groups, -1, -1).flatten(0, 1)  # (rows · key heads, 1, columns)
+        self.mask[:, column] = 0
+        mask = self.mask[:, None, None].expand(-1, groups, -1, -1).flatten(0, 1)  # (rows · key heads, 1, columns)
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.buffers[index]
             keys[:, :, column], values[:, :, column] = k, v
-            queries = q.view(len(hidden), -1, q.shape[-1])  # heads of one key stand as its queries
-            scores = torch.baddbmm(hidden, queries, keys.flatten(0, 1).mT, alpha=self.scaling)
+            queries = q.view(len(mask), -1, q.shape[-1])  # heads of one key stand as its queries
+            scores = torch.baddbmm(mask, queries, keys.flatten(0, 1).mT, alpha=self.scaling)
             return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(q.shape)
 
         embeddings = self.base.model.get_input_embeddings()(ids)
@@ -239,7 +239,7 @@ class _PlainRows:
         return self._output(last)
 
     def _make_room(self) -> None:
-        self.hidden = torch.nn.functional.pad(self.hidden, (0, _ROOM), value=torch.finfo(self.hidden.dtype).min)
+        self.mask = torch.nn.functional.pad(self.mask, (0, _ROOM), value=torch.finfo(self.mask.dtype).min)
         for index, kept in enumerate(self.buffers):
             self.buffers[index] = _Kept(*(torch.nn.functional.pad(x, (0, 0, 0, _ROOM)) for x in kept))
 
@@ -249,7 +249,7 @@ class _PlainRows:
         return frozen.run_layers(self.decoder, embeddings, aside.positions, aside.layers, aside.gate)[aside.last]
 
     def keep(self, rows: Tensor) -> None:
-        self.lengths, self.hidden = self.lengths[rows], self.hidden[rows]
+        self.lengths, self.mask = self.lengths[rows], self.mask[rows]
         self.buffers = [_Kept(*(x[rows] for x in kept)) for kept in self.buffers]
 
     def _output(self, hidden: Tensor) -> Output:
