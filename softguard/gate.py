@@ -27,6 +27,7 @@ from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.divergences import P_SAFE_RANGE, log_avoids
 from softguard.errors import SoftguardError
+from softguard.kernels import law_of
 from softguard.models import BaseModel
 from softguard.objectives import Losses
 
@@ -97,7 +98,7 @@ class Gate:
 
     def each(self, logits: Tensor) -> Tensor:
         """The members' own log-odds, (rows, members), without the bias, of logits (rows · members, vocabulary)."""
-        law = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        law = law_of(logits)
         token = torch.tensor(self.refusal[0], device=law.device)
         return (law[:, token] - log_avoids(law, token)).view(-1, self.members)
 

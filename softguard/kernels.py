@@ -44,7 +44,7 @@ def log_law(hidden: Tensor, head: Head) -> Tensor:
 
     Products are made in the head's precision, probabilities in float32 at least.
     """
-    return _law(head.logits(hidden))
+    return law_of(head.logits(hidden))
 
 
 def per_token(function: Callable[..., Tensor], hidden: Tensor, head: Head, *others: Tensor) -> Tensor:
@@ -56,12 +56,12 @@ def per_token(function: Callable[..., Tensor], hidden: Tensor, head: Head, *othe
     """
 
     def terms(logits: Tensor, fixed: list[Tensor], at: slice, sloped: bool) -> tuple[Tensor, Tensor | None]:
-        laws = [_law(x) for x in fixed]
+        laws = [law_of(x) for x in fixed]
         if not sloped:
-            return function(_law(logits), *laws, at), None
+            return function(law_of(logits), *laws, at), None
         with torch.enable_grad():
             leaf = logits.requires_grad_()
-            values = function(_law(leaf), *laws, at)
+            values = function(law_of(leaf), *laws, at)
             return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
 
     return _PerToken.apply(hidden, head, terms, *others)  # type: ignore[no-any-return,no-untyped-call]
@@ -118,5 +118,6 @@ class _PerToken(torch.autograd.Function):
         return outer[:, None].to(gradient.dtype) * gradient, None, None, *[None] * ctx.others
 
 
-def _law(logits: Tensor) -> Tensor:
+def law_of(logits: Tensor) -> Tensor:
+    """Log-probabilities, like the logits (tokens, vocabulary), in float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
