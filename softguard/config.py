@@ -192,7 +192,9 @@ class Recipe:
                 f"teach.max_new_tokens is 0, but distil.adapter is {d.adapter} and system.mode {self.system.mode}; only a gate "
                 "behind a guard in prompt mode is taught without responses"
             )
-        if d.adapter == "gate" and d.n_soft % d.members:
+        if d.adapter != "gate" and d.members != 1:
+            raise SoftguardError(f"distil.members is {d.members}; only a gate has members, leave it 1 for a {d.adapter}")
+        if d.n_soft % d.members:
             raise SoftguardError(f"distil.members is {d.members}; it must divide distil.n_soft {d.n_soft}, which they share")
         if d.accumulate > d.batch_size:
             raise SoftguardError(f"distil.accumulate is {d.accumulate}; it must not exceed distil.batch_size {d.batch_size}")

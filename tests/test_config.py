@@ -41,14 +41,16 @@ def load_text(tmp_path: Path, text: str) -> Recipe:
     return load_recipe(path)
 
 
-def changes(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(field, a copy of `config` in which that field alone has another allowed value), for every field at any depth."""
+def changes(config: Any, name: str = "", but: str = "") -> Iterator[tuple[str, Any]]:
+    """(field, a copy of `config` in which that field alone has another allowed value), for every field at any depth but `but`."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
+        if name + field.name == but:
+            continue
         value, hint = getattr(config, field.name), hints[field.name]
         options: list[tuple[str, Any]]
         if dataclasses.is_dataclass(value):
-            options = list(changes(value, f"{name}{field.name}."))
+            options = list(changes(value, f"{name}{field.name}.", but))
         elif typing.get_origin(hint) is Literal:
             options = [(name + field.name, other) for other in typing.get_args(hint) if other != value]
         elif isinstance(value, bool):
@@ -67,7 +69,8 @@ def changes(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 START = Recipe(distil=DistilConfig(adapter="soft_prompt"))  # the kind that may stand in either slot
-CHANGES = list(changes(START))
+CHANGES = [(field, START, recipe) for field, recipe in changes(START, but="distil.members")]  # a gate's alone
+CHANGES += [("distil.members", Recipe(), Recipe(distil=DistilConfig(members=2)))]
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), CHANGED])
@@ -75,15 +78,15 @@ def test_dumped_recipe_is_loaded_unchanged(tmp_path: Path, recipe: Recipe) -> No
     assert load_text(tmp_path, dump_recipe(recipe)) == recipe
 
 
-@pytest.mark.parametrize(("field", "recipe"), CHANGES, ids=[field for field, _ in CHANGES])
-def test_every_field_is_dumped_loaded_and_fingerprinted(tmp_path: Path, field: str, recipe: Recipe) -> None:
-    assert recipe != START
+@pytest.mark.parametrize(("field", "start", "recipe"), CHANGES, ids=[field for field, *_ in CHANGES])
+def test_every_field_is_dumped_loaded_and_fingerprinted(tmp_path: Path, field: str, start: Recipe, recipe: Recipe) -> None:
+    assert recipe != start
     assert load_text(tmp_path, dump_recipe(recipe)) == recipe
-    assert fingerprint(recipe) != fingerprint(START)
+    assert fingerprint(recipe) != fingerprint(start)
 
 
 def test_different_changes_have_different_fingerprints() -> None:
-    assert len({fingerprint(recipe) for _, recipe in CHANGES}) == len(CHANGES) > 30
+    assert len({fingerprint(recipe) for *_, recipe in CHANGES}) == len(CHANGES) > 30
 
 
 def test_fingerprint_is_the_same_in_another_process() -> None:
@@ -322,6 +325,8 @@ def test_the_members_of_a_gate_share_its_vectors_equally() -> None:
     assert load_recipe(overrides=["distil.n_soft=9", "distil.members=3"]).distil.members == 3
     with pytest.raises(SoftguardError, match=r"distil\.members is 3; it must divide distil\.n_soft 8"):
         load_recipe(overrides=["distil.members=3"])
+    with pytest.raises(SoftguardError, match=r"distil\.members is 2; only a gate has members"):
+        load_recipe(overrides=["distil.adapter=kv_prefix", "distil.members=2"])
 
 
 def test_micro_batches_must_not_outnumber_prompts() -> None:

@@ -72,6 +72,11 @@ def test_the_grid_is_the_product_of_its_parts_less_what_they_are_confined_to(tmp
     assert grid.grounds["b"].model.name == "other"
 
 
+def test_without_lengths_each_base_has_its_own(tmp_path: Path) -> None:
+    text = "distil: {n_soft: 5}\nstudy:\n  bases: {a: [], b: [distil.n_soft=12]}\n  rows: {x: {}}\n"
+    assert set(arms_of(grid_of(tmp_path, text))) == {("a", "x", 5), ("b", "x", 12)}
+
+
 def test_without_lengths_the_common_recipe_s_is_taken_and_overrides_reach_the_grid(tmp_path: Path) -> None:
     text = "distil: {n_soft: 5}\nstudy:\n  bases: {a: []}\n  rows: {x: {}}\n"
     grid = grid_of(tmp_path, text, "study.bases.a=[model.name=there]", "distil.steps=7", "study.seeds=[3]")

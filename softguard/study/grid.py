@@ -7,7 +7,7 @@ A study recipe is a recipe, the common ground of all cells, with one section mor
       adapters: {NAME: {learning_rates: […], set: [overrides], objectives: […]}}
       objectives: {NAME: {set: [overrides]}}
       rows: {NAME: {set: [overrides], …}}   beside adapters × objectives, for instance a text, which has no objective
-      lengths: […]                          n_soft
+      lengths: […]                          n_soft; none: what the base's recipe says
       seeds: […]
 
 Overrides read `section.key=value`, as on the command line. An adapter or objective called as the library calls it needs no
@@ -52,7 +52,7 @@ class GridConfig:
     adapters: dict[str, AdapterPart] = field(default_factory=dict)
     objectives: dict[str, Part] = field(default_factory=dict)
     rows: dict[str, Part] = field(default_factory=dict)
-    lengths: tuple[int, ...] = ()  # none: the common recipe's n_soft
+    lengths: tuple[int, ...] = ()  # none: the base's own n_soft
     seeds: tuple[int, ...] = (0,)
     pareto: tuple[str, ...] = ()  # suites the Pareto sets and their tests count; none: all
 
@@ -118,7 +118,6 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
         raise SoftguardError(f"study.bases of {path} is empty; name a base, for instance smollm2: [model.name=smollm2]")
     _check_names(study)
     grounds = {name: _recipe(common, f"base {name}", given) for name, given in study.bases.items()}
-    lengths = study.lengths or (build(Recipe, common).distil.n_soft,)
     arms = []
     for base in study.bases:
         for row, parts, changes in _rows(study):
@@ -127,6 +126,7 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
             seeds = _confined(study.seeds, *(part.seeds for part in parts))
             rates = next((part.learning_rates for part in reversed(parts) if part.learning_rates), ())
             tuned = [[f"distil.learning_rate={rate}"] for rate in rates] or [[]]
+            lengths = study.lengths or (grounds[base].distil.n_soft,)
             for length in _confined(lengths, *(part.lengths for part in parts)):
                 fixed = [*study.bases[base], f"distil.n_soft={length}", *changes]
                 arm = Arm(
