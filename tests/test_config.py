@@ -42,7 +42,7 @@ def load_text(tmp_path: Path, text: str) -> Recipe:
 
 
 def changes(config: Any, name: str = "", but: str = "") -> Iterator[tuple[str, Any]]:
-    """(field, a copy of `config` in which that field alone has another allowed value), for every field at any depth but `but`."""
+    """(field, a copy of `config` with another allowed value of that field alone), for every field at any depth less `but`."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         if name + field.name == but:
