@@ -3,6 +3,7 @@
     python -m benchmarks.draw [--rounds 5] [--threads 2] [--prompts 256] [--peer-prompts 64]
 
 Both sample at temperature 1 from SmolLM2-135M-Instruct in bfloat16 where the processor multiplies it, on packaged prompts.
+"products" replays the matrix products of ours alone, as `benchmarks.step` does: what would be left if all else were free.
 `generate` gets a share of the prompts, at least one batch, whose speed a prompt does not depend on how many there are; its
 batch size is chosen by a trial of one batch each. On a GPU it also takes its static cache, with the step compiled, all its
 prompts in one batch, since every other shape is compiled anew.
@@ -17,6 +18,7 @@ import torch
 
 from benchmarks.record import alternate, arguments, keep, machine
 from benchmarks.sample import SIZES, engine_and_texts
+from benchmarks.step import products
 from softguard.chat import Chat, align
 from softguard.engine import Engine
 from softguard.models import BaseModel
@@ -43,12 +45,15 @@ def main() -> None:
     if base.device.type == "cuda":
         sides["transformers generate, static cache"] = lambda: generate(base, engine.chat, some, len(some), "static")
     made: dict[str, list[int]] = {name: [] for name in sides}
-    timings = alternate({name: partial(_noted, made[name], side) for name, side in sides.items()}, options.rounds)
+    noted = {name: partial(_noted, made[name], side) for name, side in sides.items()}
+    alone = products(base, sides["softguard"])
+    timings = alternate({**noted, "products of softguard": alone}, options.rounds)
+    made["products of softguard"] = made["softguard"]
     speed = {name: made[name][-1] / timing.median for name, timing in timings.items()}
     rows = [
         {
             "side": name,
-            "batch": {"softguard": ours, "transformers generate": peer}.get(name, len(some)),
+            "batch": {"transformers generate": peer, "transformers generate, static cache": len(some)}.get(name, ours),
             "tokens": made[name][-1],
             **timing.row(),
             "tokens_per_second": round(speed[name], 1),

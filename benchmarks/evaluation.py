@@ -2,7 +2,8 @@
 
     python -m benchmarks.evaluation [--rounds 5] [--threads 2] [--prompts 200]
 
-lm-eval gets the same templated prompts, the same weights and the fastest of some batch sizes, found by a trial.
+lm-eval gets the same templated prompts, the same weights and the fastest of some batch sizes, found by a trial. "products"
+replays the matrix products of ours alone, as `benchmarks.step` does: what would be left if all else were free.
 """
 
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 from benchmarks.record import alternate, arguments, keep, machine
 from benchmarks.sample import SIZES, engine_and_texts
+from benchmarks.step import products
 from softguard.models import BaseModel
 from softguard.prompts import thin
 
@@ -31,9 +33,14 @@ def main() -> None:
         trials[size] = round(60 * len(some) / (time.perf_counter() - begin), 1)
     best = max(trials, key=lambda size: trials[size])
     model = _lm_eval(base, best)
+
+    def ours() -> None:
+        engine.generate(texts, TOKENS)
+
     timings = alternate(
         {
-            "softguard": lambda: engine.generate(texts, TOKENS),
+            "softguard": ours,
+            "products of softguard": products(base, ours),
             "lm-eval hf": lambda: _answer(model, base, texts),
         },
         options.rounds,

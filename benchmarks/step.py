@@ -26,8 +26,8 @@ from softguard.models import BaseModel, load_base
 
 N_SOFT = 32
 _PRODUCTS = [
-    getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm")
-]  # what linear layers and attention come down to
+    getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "matmul")
+]  # what linear layers and attention come down to; in inference mode they stay what they are
 
 
 class Shape(NamedTuple):
@@ -121,19 +121,13 @@ def random_ids(rows: int, tokens: int) -> list[list[int]]:
 
 
 def products(base: BaseModel, step: Callable[[], Any]) -> Callable[[], None]:
-    """The matrix products `step` makes, to be made again with random numbers of the same shapes, strides and dtypes."""
-    seen: list[tuple[Any, list[Tensor]]] = []
+    """The matrix products `step` makes, to be made again with random numbers of the same shapes, strides and dtypes.
 
-    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function in _PRODUCTS:
-                seen.append((function, [a.detach() for a in args if isinstance(a, Tensor)]))
-            return function(*args, **(kwargs or {}))
-
-    with Watch():  # type: ignore[no-untyped-call]
-        step()
+    Weights stay the model's own: read from memory in turn, as the step reads them.
+    """
     weights = {parameter.data_ptr() for parameter in base.model.parameters()}
     made: dict[Any, Tensor] = {}
+    calls: list[tuple[Any, list[Tensor]]] = []
 
     def like(tensor: Tensor) -> Tensor:
         key = (tensor.shape, tensor.stride(), tensor.dtype)
@@ -143,8 +137,15 @@ def products(base: BaseModel, step: Callable[[], Any]) -> Callable[[], None]:
             made[key] = torch.randn(room, dtype=tensor.dtype, device=tensor.device).as_strided(*key[:2])
         return made[key]
 
-    # weights stay the model's own: read from memory in turn, as the step reads them
-    calls = [(f, [a if a.data_ptr() in weights else like(a) for a in tensors]) for f, tensors in seen]
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in _PRODUCTS:
+                tensors = [a.detach() for a in args if isinstance(a, Tensor)]
+                calls.append((function, [a if a.data_ptr() in weights else like(a) for a in tensors]))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():  # type: ignore[no-untyped-call]
+        step()
 
     @torch.no_grad()
     def replay() -> None:

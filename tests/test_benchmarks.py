@@ -1,9 +1,11 @@
 """The benchmarks' sides still run, on a small model; what they measure is for a quiet machine."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import draw, gate, step
 from softguard.chat import Chat
@@ -41,3 +43,20 @@ def test_both_draw_up_to_as_many_tokens(small: BaseModel) -> None:
     most = len(texts) * draw.TOKENS
     assert 0 < draw.draw(Engine(small), texts, 2) <= most
     assert 0 < draw.generate(small, chat, texts, 2) <= most
+
+
+def test_products_of_drawing_are_all_it_makes_but_for_fused_attention(small: BaseModel) -> None:
+    engine = Engine(small)
+
+    def ours() -> None:
+        draw.draw(engine, ["one", "two words"], 2)
+
+    assert _operations(step.products(small, ours)) == _operations(ours) > 0
+
+
+def _operations(run: Callable[[], None]) -> int:
+    """Of matrix products, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operation, count in counts.items() if "attention" not in str(operation))
