@@ -26,8 +26,8 @@ from softguard.models import BaseModel, load_base
 
 N_SOFT = 32
 _PRODUCTS = [
-    getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "matmul")
-]  # what linear layers and attention come down to; in inference mode they stay what they are
+    getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear")
+]  # what linear layers and attention come down to; in inference mode a layer stays one
 
 
 class Shape(NamedTuple):

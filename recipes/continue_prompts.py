@@ -45,7 +45,8 @@ def main() -> None:
     sources = Sources(options.data)
     kept_out = [row["prompt"] for name in ("eval_harmbench", "eval_xstest") for row in sources.read(name)]
     kept_out += [row["prompt"] for row in sources.packaged() if row["split"] != "train"]
-    new = [text for text, far in zip(written, far_from(kept_out, written), strict=True) if far and text not in set(given)]
+    known = set(given)
+    new = [text for text, far in zip(written, far_from(kept_out, written), strict=True) if far and text not in known]
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in sorted([*given, *new], key=digest)]
     write_text(options.out, "".join(line + "\n" for line in lines))
     print(f"{options.out}: {len(given)} prompts and {len(new)} new ones")
