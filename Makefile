@@ -10,8 +10,9 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 demo: setup
 	$(BIN)/softguard demo --out runs/demo
 
+# Most tests are many small operations, of which one thread each in two processes makes more than two threads in one.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

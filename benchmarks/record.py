@@ -72,10 +72,12 @@ def arguments(description: str | None, rounds: int = 5) -> argparse.ArgumentPars
 def keep(name: str, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any], **more: Any) -> None:
     """Write `results/<name>.csv` and `.json`: the rows, and the machine as `before`, from `machine()`, and now.
 
-    Figures of a GPU are files of their own, `<name>-gpu`.
+    Figures of a GPU are files of their own, `<name>-gpu`, and so are those of a processor that does not multiply bfloat16,
+    `<name>-plain`.
     """
     RESULTS.mkdir(exist_ok=True)
-    name = f"{name}-gpu" if "gpu" in before else name
+    plain = not any(flag.endswith("bf16") for flag in before["cpu_flags"])
+    name += "-gpu" if "gpu" in before else "-plain" if plain else ""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)

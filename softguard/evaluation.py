@@ -15,7 +15,8 @@ whose right answer is the likeliest; what the system or a gate refuses is wrong)
 gap_closed ((distilled − base) / (system − base) safety). Intervals are 95 %, exact for shares, bootstrap over prompts
 otherwise. `method` is "base", the system's mode, or the adapter's objective.
 
-Answers are kept in `answers/`, one file a system and suite, and are not made again by a later run with the same settings.
+Answers are kept in `answers/`, one file a system and suite, and are not made again by a later run with the same settings,
+precision and versions.
 `outcomes.json` holds the figure of every single prompt behind a row, for paired tests between runs on the same prompts.
 """
 
@@ -42,6 +43,7 @@ from softguard.suites import Suite, load_suites
 from softguard.system import SafeSystem
 
 SCHEMA = 1
+_DECIDE = ("softguard", "torch", "transformers")  # packages whose version may decide between two tokens that are near equal
 System = Literal["base", "safe_system", "distilled"]
 
 
@@ -198,12 +200,11 @@ class _Run:
         return self._kept(name, suite, config.max_new_tokens, make)
 
     def _kept(self, name: System, suite: Suite, settings: Any, make: Callable[[Callable[[int], None]], list[Any]]) -> list[Any]:
-        """What `make` gives for each prompt, from disk if it was made before with the same settings."""
+        """What `make` gives for each prompt, from disk if it was made before with the same settings, precision and versions."""
         path = self.out / "answers" / f"{name}-{suite.name}.json"
         told = self._teller(f"{name} {suite.name}", suite)
-        made_by = fingerprint(
-            self.base.fingerprint, self.recipe.model.dtype, self._identity[name], settings, list(suite.prompts)
-        )
+        precision, code = str(self.base.model.dtype), [versions()[package] for package in _DECIDE]
+        made_by = fingerprint(self.base.fingerprint, precision, code, self._identity[name], settings, list(suite.prompts))
         if path.is_file():
             kept = read_json(path, "file of answers")
             if kept.get("made_by") == made_by:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+import softguard
 from softguard.adapters import VECTORS, Adapter
 from softguard.config import Action, Recipe, load_recipe
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.evaluation import Results, evaluate, read_results
-from softguard.models import BaseModel
+from softguard.models import BaseModel, load_base
 from softguard.system import SafeSystem
 from tests.references import random_adapter
 
@@ -132,6 +133,21 @@ def test_answers_on_disk_are_used_again_and_only_for_the_same_adapter(
     asked.clear()
     run(recipe, tmp_path / "out", small, other)
     assert asked == [1, 2]
+
+
+def test_answers_of_another_precision_or_version_are_made_again(
+    recipe: Recipe, tmp_path: Path, small: BaseModel, small_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coarse = load_base(str(small_folder), dtype="bfloat16")  # what `auto` is depends on the processor
+    assert coarse.fingerprint == small.fingerprint
+
+    def made_by(base: BaseModel) -> str:
+        run(recipe, tmp_path / "out", base)
+        return str(json.loads((tmp_path / "out" / "answers" / "base-asked-harmful.json").read_text())["made_by"])
+
+    first, second = made_by(small), made_by(coarse)
+    monkeypatch.setattr(softguard, "__version__", "0.0.0")
+    assert len({first, second, made_by(coarse)}) == 3
 
 
 def test_the_outcome_of_every_prompt_is_kept(recipe: Recipe, tmp_path: Path, small: BaseModel, adapter: Adapter) -> None:
