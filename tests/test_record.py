@@ -1,6 +1,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,11 +28,22 @@ def test_a_row_has_median_and_spread() -> None:
     assert (row["seconds_median"], row["seconds_min"], row["seconds_max"], row["rounds"]) == (0.2, 0.1, 0.3, 3)
 
 
-def test_results_are_kept_with_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("of_machine", "name"),
+    [
+        ({"cpu_flags": ["avx2", "avx512_bf16"]}, "some"),
+        ({"cpu_flags": ["avx2", "avx512f"]}, "some-plain"),  # bfloat16 is not multiplied there: other figures altogether
+        ({"cpu_flags": ["avx2"], "gpu": "one"}, "some-gpu"),
+    ],
+)
+def test_results_are_kept_with_the_machine(
+    of_machine: dict[str, Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    record.keep("some", [{"side": "a", "seconds": 1}, {"side": "b", "more": 2}], record.machine(), shape=[1, 2])
-    kept = json.loads((tmp_path / "some.json").read_text())
+    before = {**record.machine(), **of_machine}
+    record.keep("some", [{"side": "a", "seconds": 1}, {"side": "b", "more": 2}], before, shape=[1, 2])
+    kept = json.loads((tmp_path / f"{name}.json").read_text())
     assert kept["rows"][1] == {"side": "b", "more": 2}
     assert {"versions", "threads", "cpu_flags", "load_before", "load_after", "shape"} <= set(kept)
-    with (tmp_path / "some.csv").open() as file:
+    with (tmp_path / f"{name}.csv").open() as file:
         assert [row["side"] for row in csv.DictReader(file)] == ["a", "b"]
