@@ -26,7 +26,7 @@ def demo_plan(recipe: Recipe) -> str:
     return (
         f"demo: teach on {recipe.teach.limit or 'all'} prompts of {recipe.teach.prompts}, distil {recipe.distil.steps} steps, "
         f"evaluate {', '.join(recipe.evaluate.suites)} on {recipe.evaluate.limit or 'all'} test prompts "
-        "each; at most 10 minutes on two cores that multiply bfloat16, 20 on others; up to 5 GB of caches on disk"
+        "each; about 20 minutes on two cores, less where they multiply bfloat16; up to 5 GB of caches on disk"
     )
 
 
