@@ -1,4 +1,4 @@
-"""How long the command and the package take to start.
+"""How long the command and the package take to start, and a GGUF file to load, beside transformers alone.
 
 python -m benchmarks.startup [--rounds 9]
 """
@@ -8,7 +8,10 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from benchmarks.record import alternate, arguments, keep, machine
+from softguard.models import _locate, load_base
 
 SIDES = {
     "softguard --help": ["-m", "softguard.cli", "--help"],
@@ -19,14 +22,21 @@ SIDES = {
 
 def main() -> None:
     options = arguments(__doc__, rounds=9).parse_args()
-    before = machine()
+    before = machine(options.threads)
 
     def run(command: list[str]) -> None:
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
 
     sides: dict[str, Callable[[], None]] = {name: partial(run, command) for name, command in SIDES.items()}
-    timings = alternate(sides, options.rounds)
+    timings = alternate({**sides, "load_base": load_base, "transformers alone": by_transformers}, options.rounds)
     keep("startup", [{"side": name, **timing.row()} for name, timing in timings.items()], before)
+
+
+def by_transformers() -> None:
+    """The demo model's file, as `load_base` has it read."""
+    source, extra = _locate("smollm2")
+    AutoTokenizer.from_pretrained(source, **extra)
+    AutoModelForCausalLM.from_pretrained(source, dtype="float32", **extra)
 
 
 if __name__ == "__main__":

