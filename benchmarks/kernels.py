@@ -90,10 +90,10 @@ def ours(kernel: str) -> Values:
 
 def plain(kernel: str) -> Values:
     def values(student: Tensor, teacher: Tensor, head: Tensor, ids: Tensor) -> Tensor:
-        log_q = log_law(student, Head(head))
         if kernel == "selected":
-            return selected(log_q, ids)
-        return {"tv": token_tv, "kl": token_kl, "jsd": token_jsd}[kernel](log_law(teacher, Head(head)), log_q)
+            return selected(log_law(student, Head(head)), ids)
+        p, q = (Head(head).logits(x).to(torch.promote_types(head.dtype, torch.float32)) for x in (teacher, student))
+        return {"tv": token_tv, "kl": token_kl, "jsd": token_jsd}[kernel](p, q)
 
     return values
 

@@ -1,4 +1,4 @@
-"""Divergences between a teacher and a student, as pure functions on log-probabilities.
+"""Divergences between a teacher and a student, as pure functions on logits and log-probabilities.
 
 P is the teacher, q the student, p the base model, α the guard's p(safe), U the teacher's refusal rate, y_r the refusal.
 Equation numbers are those of arXiv 2606.09388.
@@ -12,22 +12,23 @@ from torch import Tensor
 P_SAFE_RANGE = (1e-4, 1 - 1e-4)  # keeps log α and log U finite
 
 
-def token_tv(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Total variation of next-token laws, Σ_v (p(v) − q(v))₊: (..., vocabulary) log-probabilities to (...) in [0, 1].
+def token_tv(z_p: Tensor, z_q: Tensor) -> Tensor:
+    """Total variation of next-token laws, Σ_v (p(v) − q(v))₊: (..., vocabulary) logits to (...) in [0, 1].
 
-    Gradients reach `log_q` alone, here and in `token_kl` and `token_jsd`: they are written out, −q·1[q < p] here.
+    Logits are any that softmax makes the law of, log-probabilities among them. Gradients reach `z_q` alone, here and in
+    `token_kl` and `token_jsd`, and are written out with softmax's own: q·(Σ_v q(v)·1[q(v) < p(v)] − 1[q < p]) here.
     """
-    return _TV.apply(log_p, log_q)  # type: ignore[no-any-return,no-untyped-call]
+    return _TV.apply(z_p, z_q)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def token_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Forward KL(p‖q) of next-token laws in nats: (..., vocabulary) log-probabilities to (...) ≥ 0."""
-    return _KL.apply(log_p, log_q)  # type: ignore[no-any-return,no-untyped-call]
+def token_kl(z_p: Tensor, z_q: Tensor) -> Tensor:
+    """Forward KL(p‖q) of next-token laws in nats: (..., vocabulary) logits to (...) ≥ 0."""
+    return _KL.apply(z_p, z_q)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def token_jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Jensen–Shannon divergence, ½KL(p‖m) + ½KL(q‖m) with m = (p + q)/2, in nats: (..., vocabulary) to (...) in [0, log 2]."""
-    return _JSD.apply(log_p, log_q)  # type: ignore[no-any-return,no-untyped-call]
+def token_jsd(z_p: Tensor, z_q: Tensor) -> Tensor:
+    """Jensen–Shannon divergence, ½KL(p‖m) + ½KL(q‖m) of m = (p + q)/2, in nats: (..., vocabulary) logits to (...) ≤ log 2."""
+    return _JSD.apply(z_p, z_q)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def selected(log_probs: Tensor, ids: Tensor) -> Tensor:
@@ -83,54 +84,61 @@ def tv_bound_from_kl(kl: Tensor) -> Tensor:
 
 
 class _TV(torch.autograd.Function):
-    """Σ_v (p(v) − q(v))₊; its gradient is −q·1[q < p]."""
+    """Σ_v (p(v) − q(v))₊; its gradient at q's logits is q·(Σ_v q(v)·1[q(v) < p(v)] − 1[q < p])."""
 
     @staticmethod
-    def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
-        q = log_q.exp()
-        over = log_p.exp().sub_(q).clamp_(min=0)
+    def forward(ctx: Any, z_p: Tensor, z_q: Tensor) -> Tensor:
+        q = z_q.softmax(-1)
+        over = z_p.softmax(-1).sub_(q).clamp_(min=0)
         value = over.sum(-1)
-        ctx.save_for_backward(over.sign_().mul_(q))
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor]:
-        (slope,) = ctx.saved_tensors
-        return None, slope * -outer[..., None]
-
-
-class _KL(torch.autograd.Function):
-    """Σ_v p(v)·(log p(v) − log q(v)); its gradient is −p."""
-
-    @staticmethod
-    def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
-        low = torch.finfo(log_p.dtype).min / 2
-        p = log_p.exp()
-        value = log_p.clamp(min=low).sub_(log_q.clamp(min=low)).mul_(p).sum(-1)  # 0·log 0 = 0
-        ctx.save_for_backward(p)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor]:
-        (p,) = ctx.saved_tensors
-        return None, p * -outer[..., None]
-
-
-class _JSD(torch.autograd.Function):
-    """½Σ_v p·(log p − log m) + q·(log q − log m); its gradient is ½q·(log q − log m)."""
-
-    @staticmethod
-    def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
-        low = torch.finfo(log_p.dtype).min / 2
-        log_p, log_q = log_p.clamp(min=low), log_q.clamp(min=low)
-        p, q = log_p.exp(), log_q.exp()
-        log_m = (p + q).mul_(0.5).clamp_(min=torch.finfo(p.dtype).tiny).log_()
-        slope = log_q.sub_(log_m).mul_(q).mul_(0.5)
-        value = log_p.sub_(log_m).mul_(p).mul_(0.5).add_(slope).sum(-1)
-        ctx.save_for_backward(slope)
+        below = over.sign_().mul_(q)
+        ctx.save_for_backward(q.mul_(below.sum(-1, keepdim=True)).sub_(below))
         return value
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor]:
         (slope,) = ctx.saved_tensors
         return None, slope * outer[..., None]
+
+
+class _KL(torch.autograd.Function):
+    """Σ_v p(v)·(z_p(v) − z_q(v)) + log Σ e^z_q − log Σ e^z_p; its gradient at q's logits is q − p."""
+
+    @staticmethod
+    def forward(ctx: Any, z_p: Tensor, z_q: Tensor) -> Tensor:
+        p, q = z_p.softmax(-1), z_q.softmax(-1)
+        difference = (z_p - z_q).nan_to_num_().mul_(p).sum(-1, keepdim=True)  # 0·log 0 = 0
+        value = difference + _log_total(z_q, q) - _log_total(z_p, p)
+        ctx.save_for_backward(q.sub_(p))
+        return value.squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor]:
+        (slope,) = ctx.saved_tensors
+        return None, slope * outer[..., None]
+
+
+class _JSD(torch.autograd.Function):
+    """½Σ_v p·(log p − log m) + q·(log q − log m); its gradient at q's logits is ½q·(log q − log m − KL(q‖m))."""
+
+    @staticmethod
+    def forward(ctx: Any, z_p: Tensor, z_q: Tensor) -> Tensor:
+        p, q = z_p.softmax(-1), z_q.softmax(-1)
+        log_m = (p + q).mul_(0.5).clamp_(min=torch.finfo(p.dtype).tiny).log_()
+        of_p, of_q = (
+            z.sub(_log_total(z, law)).sub_(log_m).nan_to_num_().mul_(law) for z, law in ((z_p, p), (z_q, q))
+        )  # 0·log 0 = 0
+        kl_q = of_q.sum(-1, keepdim=True)
+        value = of_p.sum(-1, keepdim=True).add_(kl_q).mul_(0.5)
+        ctx.save_for_backward(of_q.addcmul_(q, kl_q, value=-1).mul_(0.5))
+        return value.squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor]:
+        (slope,) = ctx.saved_tensors
+        return None, slope * outer[..., None]
+
+
+def _log_total(logits: Tensor, law: Tensor) -> Tensor:
+    """log Σ exp of the logits that `law` was made of, (..., 1), without another exponential of each."""
+    return logits.amax(-1, keepdim=True) - law.amax(-1, keepdim=True).log()

@@ -48,20 +48,20 @@ def log_law(hidden: Tensor, head: Head) -> Tensor:
 
 
 def per_token(function: Callable[..., Tensor], hidden: Tensor, head: Head, *others: Tensor) -> Tensor:
-    """`function` of each token's law, (tokens,), with a gradient to `hidden` (tokens, hidden).
+    """`function` of each token's logits, (tokens,), with a gradient to `hidden` (tokens, hidden).
 
-    `function` gets the log-laws (n, vocabulary) of some neighbouring tokens, then their log-laws by each of the `others`
-    (tokens, hidden), and which tokens they are, a slice; its values must each depend on their own token alone. Nothing
-    flows to the others, nor to what else it reads.
+    `function` gets the logits (n, vocabulary), in float32 at least, of some neighbouring tokens, then their logits by each of
+    the `others` (tokens, hidden), and which tokens they are, a slice; its values must each depend on their own token alone.
+    Nothing flows to the others, nor to what else it reads.
     """
 
     def terms(logits: Tensor, fixed: list[Tensor], at: slice, sloped: bool) -> tuple[Tensor, Tensor | None]:
-        laws = [law_of(x) for x in fixed]
+        fixed = [x.to(logits.dtype) for x in fixed]
         if not sloped:
-            return function(law_of(logits), *laws, at), None
+            return function(logits, *fixed, at), None
         with torch.enable_grad():
             leaf = logits.requires_grad_()
-            values = function(law_of(leaf), *laws, at)
+            values = function(leaf, *fixed, at)
             return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
 
     return _PerToken.apply(hidden, head, terms, *others)  # type: ignore[no-any-return,no-untyped-call]
@@ -69,7 +69,7 @@ def per_token(function: Callable[..., Tensor], hidden: Tensor, head: Head, *othe
 
 def per_token_between(divergence: Callable[[Tensor, Tensor], Tensor], teacher: Tensor, student: Tensor, head: Head) -> Tensor:
     """`divergence` of each token's two laws, (tokens,), with a gradient to the `student`'s hidden states (tokens, hidden)."""
-    return per_token(lambda log_q, log_p, at: divergence(log_p, log_q), student, head, teacher)
+    return per_token(lambda z_q, z_p, at: divergence(z_p, z_q), student, head, teacher)
 
 
 def selected_log_probs(hidden: Tensor, ids: Tensor, head: Head) -> Tensor:

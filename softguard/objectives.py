@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softguard.divergences import P_SAFE_RANGE, log_avoids, log_hinge, refusal_mixture, token_jsd, token_kl, token_tv
 from softguard.errors import SoftguardError
-from softguard.kernels import Head, per_token, per_token_between, selected_log_probs
+from softguard.kernels import Head, law_of, per_token, per_token_between, selected_log_probs
 
 Length = Literal["sum", "mean"]
 
@@ -100,16 +100,16 @@ def _decided(batch: Batch, length: Length, divergence: Callable[[Tensor, Tensor]
     alpha = batch.p_safe[:, None].expand(real.shape)[real]
     begins, token = first[real], tokens[:, None].expand(real.shape)[real]
 
-    def terms(log_q: Tensor, log_p: Tensor, at: slice) -> Tensor:
+    def terms(z_q: Tensor, z_p: Tensor, at: slice) -> Tensor:
         where = begins[at].nonzero().squeeze(-1)
         if not len(where):  # so most blocks are, and each step below would copy the law
-            return weight[at] * divergence(log_p, log_q)
-        log_first, rates = log_p[where], rate[at][where]
-        system_first = refusal_mixture(log_first, rates, token[at][where])
-        system = log_p.index_copy(0, where, system_first)
+            return weight[at] * divergence(z_p, z_q)
+        rates = rate[at][where]
+        system_first = refusal_mixture(law_of(z_p[where]), rates, token[at][where])
+        system = z_p.index_copy(0, where, system_first)
         answers = log_avoids(system_first, avoided).clamp(min=math.log(P_SAFE_RANGE[0]))
-        decision = alpha[at][where] * log_hinge(answers, log_avoids(log_q[where], avoided))
-        return (weight[at] * divergence(system, log_q)).index_add(0, where, decision)
+        decision = alpha[at][where] * log_hinge(answers, log_avoids(law_of(z_q[where]), avoided))
+        return (weight[at] * divergence(system, z_q)).index_add(0, where, decision)
 
     safe = per_token(terms, batch.student[real], batch.head, batch.teacher[real])
     rate = _clamped(batch.refusal_rate)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from softguard import kernels
 from softguard.divergences import log_avoids, selected, token_jsd, token_kl, token_tv
-from softguard.kernels import Head, log_law, per_token, per_token_between, selected_log_probs
+from softguard.kernels import Head, law_of, log_law, per_token, per_token_between, selected_log_probs
 
 TOKENS, HIDDEN, VOCABULARY = 13, 8, 50
 
@@ -48,10 +48,10 @@ def test_tiles_give_the_values_and_gradients_of_whole_laws(name: str, scale: flo
     near, rest, small = hidden.detach().to(dtype).requires_grad_(), teacher.to(dtype), Head(head.to(dtype), scale, cap)
     values = {
         "tv": lambda: per_token_between(token_tv, rest, near, small),
-        "kl": lambda: per_token(lambda log_q, log_p, at: token_kl(log_p, log_q), near, small, rest),
-        "jsd": lambda: per_token(lambda log_q, at: token_jsd(log_law(rest[at], small), log_q), near, small),
-        "selected": lambda: per_token(lambda log_q, at: selected(log_q, ids[at]), near, small),
-        "avoids": lambda: per_token(lambda log_q, at: log_avoids(log_q, torch.tensor(5)), near, small),
+        "kl": lambda: per_token(lambda z_q, z_p, at: token_kl(z_p, z_q), near, small, rest),
+        "jsd": lambda: per_token(lambda z_q, at: token_jsd(log_law(rest[at], small), z_q), near, small),
+        "selected": lambda: per_token(lambda z_q, at: selected(law_of(z_q), ids[at]), near, small),
+        "avoids": lambda: per_token(lambda z_q, at: log_avoids(law_of(z_q), torch.tensor(5)), near, small),
         "selected_log_probs": lambda: selected_log_probs(near, ids, small),
     }[name]()
     (ours,) = torch.autograd.grad((outer.to(dtype) * values).sum(), near)
@@ -62,7 +62,7 @@ def test_tiles_give_the_values_and_gradients_of_whole_laws(name: str, scale: flo
 
 def test_no_tokens_have_no_values_and_an_empty_gradient() -> None:
     hidden = torch.zeros(0, HIDDEN, requires_grad=True)
-    values = per_token(lambda log_q, at: log_q.sum(-1), hidden, Head(torch.zeros(VOCABULARY, HIDDEN)))
+    values = per_token(lambda z_q, at: z_q.sum(-1), hidden, Head(torch.zeros(VOCABULARY, HIDDEN)))
     assert values.shape == (0,)
     values.sum().backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
