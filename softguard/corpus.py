@@ -201,13 +201,13 @@ def teach(
             system.policy.fingerprint,
             recipe.teach,
             recipe.seed,
-            recipe.model.dtype,
         ),
+        "precision": str(base.model.dtype).removeprefix("torch."),
         "shard_size": recipe.teach.shard_size,
     }
     if (out / "manifest.json").is_file():
         found = read_json(out / "manifest.json", "corpus")
-        for key in ("version", "base", "settings"):
+        for key in ("version", "base", "precision", "settings"):
             if found.get(key) != teacher[key]:
                 raise SoftguardError(
                     f"{out} holds a corpus made with other settings ({key} differs); choose another --out or remove it"

@@ -102,7 +102,7 @@ def _start(recipe: Recipe, corpus: Corpus, base: BaseModel) -> Adapter:
 
 
 def _settings(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
-    return fingerprint(base.fingerprint, corpus.fingerprint, recipe.distil, recipe.system, recipe.seed, recipe.model.dtype)
+    return fingerprint(base.fingerprint, corpus.fingerprint, recipe.distil, recipe.system, recipe.seed, str(base.model.dtype))
 
 
 def _facts(recipe: Recipe, corpus: Corpus, base: BaseModel) -> dict[str, Any]:
@@ -341,7 +341,7 @@ class _Trainer:
         state = read_json(folder / "state.json", "checkpoint")
         if state["settings"] != self.settings:
             raise SoftguardError(
-                f"{self.out} holds a run with other settings, model or corpus; choose another --out or remove it"
+                f"{self.out} holds a run with other settings, model, precision or corpus; choose another --out or remove it"
             )
         tensors = load((folder / state["tensors"]).read_bytes())
         self.step, self.best_loss, self.since_best = state["step"], float(state["best_loss"]), state["since_best"]

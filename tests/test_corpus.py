@@ -14,7 +14,7 @@ from softguard.config import Recipe, load_recipe
 from softguard.corpus import Corpus, Draw, Example, _instead, teach
 from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
-from softguard.models import BaseModel
+from softguard.models import BaseModel, load_base
 from softguard.packed import packed_hidden
 from softguard.prefix import constant_prefix
 from softguard.system import SafeSystem
@@ -164,6 +164,9 @@ def test_other_settings_or_prompts_in_the_same_folder_are_refused(prompts: Path,
     make(prompts, tmp_path / "corpus", small)
     with pytest.raises(SoftguardError, match="other settings"):
         make(prompts, tmp_path / "corpus", small, "seed=1")
+    in_bfloat16 = load_base(small.name, dtype="bfloat16")
+    with pytest.raises(SoftguardError, match="precision differs"):  # as dtype: auto may give on another processor
+        make(prompts, tmp_path / "corpus", in_bfloat16)
     (tmp_path / "corpus" / "manifest.json").write_text(
         json.dumps({**json.loads((tmp_path / "corpus" / "manifest.json").read_text()), "fingerprint": None})
     )

@@ -305,6 +305,9 @@ def test_a_run_with_other_settings_in_the_same_folder_is_refused(
     distil(recipe(prompts), corpus, tmp_path, small)
     with pytest.raises(SoftguardError, match="other settings"):
         distil(recipe(prompts, "distil.learning_rate=0.01"), corpus, tmp_path, small)
+    in_bfloat16 = load_base(small.name, dtype="bfloat16")
+    with pytest.raises(SoftguardError, match="precision"):  # as dtype: auto may give on another processor
+        distil(recipe(prompts), corpus, tmp_path, in_bfloat16)
 
 
 def test_a_finished_run_is_not_trained_again(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
