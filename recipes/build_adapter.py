@@ -3,7 +3,8 @@
     python recipes/build_adapter.py recipes/released/smollm2.yaml [--set model.name=PATH] [--data ../shared/data]
 
 Works in runs/released/<name>, where a killed run goes on; writes softguard/data/adapters/<name>: the adapter, its recipe and
-`card.json` with its figures on prompts it was not trained on.
+`card.json` with its figures on prompts it was not trained on. With `--measure` the packaged adapter is not trained again, only
+its recipe and card are written.
 """
 
 import argparse
@@ -28,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--measure", action="store_true", help="measure the packaged adapter again instead of training one")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with HarmBench, XSTest and DAN")
     options = parser.parse_args()
     dan, harmbench, xstest = (f"{options.data}/eval_{name}.jsonl" for name in ("dan_templates", "harmbench", "xstest"))
@@ -36,14 +38,16 @@ def main() -> None:
     asked = load_recipe(options.recipe, [*options.overrides, f"evaluate.suites={[*recipe.evaluate.suites, *public]}"])
     work, name = Path("runs/released") / options.recipe.stem, options.recipe.stem
     base, system = load_base(recipe.model.name, recipe.model.dtype), SafeSystem.from_config(recipe.system)
-    with Bars() as bars:
-        corpus = teach(recipe, work / "corpus", base, system, bars)
-    with Steps(recipe.distil.steps) as steps:
-        distil(recipe, corpus, work / "adapter", base, steps)
-    adapter = Adapter.load(work / "adapter", base)
+    if not options.measure:
+        with Bars() as bars:
+            corpus = teach(recipe, work / "corpus", base, system, bars)
+        with Steps(recipe.distil.steps) as steps:
+            distil(recipe, corpus, work / "adapter", base, steps)
+    adapter = Adapter.load(FOLDER / name if options.measure else work / "adapter", base)
     with Bars() as bars:
         results = evaluate(asked, work / "results", base, system, adapter, progress=bars)
-    package(work / "adapter", FOLDER / name)
+    if not options.measure:
+        package(work / "adapter", FOLDER / name)
     write_text(FOLDER / name / "recipe.yaml", dump_recipe(load_recipe(options.recipe)))
     contract = results.contract()
     write_json(FOLDER / name / "card.json", {"command": f"python recipes/build_adapter.py {options.recipe}", **contract})

@@ -192,6 +192,34 @@ def test_a_token_forbidden_to_both_laws_adds_nothing() -> None:
         assert torch.autograd.grad(whole, log_q)[0].tolist() == [0, *torch.autograd.grad(rest, log_q)[0][1:].tolist()]
 
 
+@pytest.mark.parametrize("divergence", [token_tv, token_kl, token_jsd])
+def test_logits_that_are_no_numbers_never_look_like_no_divergence(divergence: Callable[[Tensor, Tensor], Tensor]) -> None:
+    broken, whole = torch.tensor([0.1, torch.nan, 0.3]), torch.tensor([0.1, 0.2, 0.3])
+    assert divergence(broken, whole).isnan()
+    assert divergence(whole, broken).isnan()
+    assert divergence(broken, broken).isnan()
+
+
+@pytest.mark.parametrize("divergence", [token_tv, token_kl, token_jsd])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_divergences_are_of_laws_whatever_their_logits_add_up_to(
+    divergence: Callable[[Tensor, Tensor], Tensor], seed: int
+) -> None:
+    log_p, log_q = random_log_law(seed, 3, 7), random_log_law(seed + 100, 3, 7).requires_grad_()
+    z_p, z_q = log_p + 3.5, (log_q - 11.25).detach().requires_grad_()
+    of_laws, of_logits = divergence(log_p, log_q), divergence(z_p, z_q)
+    torch.testing.assert_close(of_logits, of_laws, rtol=1e-10, atol=1e-12)
+    slopes = (torch.autograd.grad(v.sum(), x)[0] for v, x in ((of_logits, z_q), (of_laws, log_q)))
+    torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_slopes_at_the_logits_are_those_of_small_changes(seed: int) -> None:
+    z_p, z_q = random_log_law(seed, 2, 7), random_log_law(seed + 100, 2, 7).requires_grad_()
+    for divergence in (token_tv, token_kl, token_jsd):
+        assert torch.autograd.gradcheck(divergence, (z_p, z_q), raise_exception=True)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_selected_picks_the_tokens_log_probabilities(seed: int) -> None:
     log_probs = random_log_law(seed, 2, 3, 5)
