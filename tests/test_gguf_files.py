@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from softguard.gguf_files import read_once
-from softguard.models import BaseModel, _locate
+from softguard.models import BaseModel, locate
 
 
 def test_a_file_read_once_is_what_transformers_reads(base: BaseModel) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source, extra = _locate("smollm2")
+    source, extra = locate("smollm2")
     alone = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra)
     tokenizer = AutoTokenizer.from_pretrained(source, **extra)
     assert alone.config.to_dict() == base.model.config.to_dict()
@@ -27,7 +27,7 @@ def test_a_file_read_once_is_what_transformers_reads(base: BaseModel) -> None:
 
 
 def test_a_file_is_parsed_once_and_gguf_is_left_as_it_was() -> None:
-    source, extra = _locate("smollm2")
+    source, extra = locate("smollm2")
     path, arch = Path(source) / extra["gguf_file"], gguf.MODEL_ARCH.LLAMA
     reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
     with read_once():
