@@ -202,7 +202,7 @@ def teach(
             recipe.teach,
             recipe.seed,
         ),
-        "precision": str(base.model.dtype).removeprefix("torch."),
+        "precision": base.precision,
         "shard_size": recipe.teach.shard_size,
     }
     if (out / "manifest.json").is_file():

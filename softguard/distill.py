@@ -102,7 +102,7 @@ def _start(recipe: Recipe, corpus: Corpus, base: BaseModel) -> Adapter:
 
 
 def _settings(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
-    return fingerprint(base.fingerprint, corpus.fingerprint, recipe.distil, recipe.system, recipe.seed, str(base.model.dtype))
+    return fingerprint(base.fingerprint, corpus.fingerprint, recipe.distil, recipe.system, recipe.seed, base.precision)
 
 
 def _facts(recipe: Recipe, corpus: Corpus, base: BaseModel) -> dict[str, Any]:

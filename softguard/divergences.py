@@ -4,6 +4,7 @@ P is the teacher, q the student, p the base model, α the guard's p(safe), U the
 Equation numbers are those of arXiv 2606.09388.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,17 +19,17 @@ def token_tv(z_p: Tensor, z_q: Tensor) -> Tensor:
     Logits are any that softmax makes the law of, log-probabilities among them. Gradients reach `z_q` alone, here and in
     `token_kl` and `token_jsd`, and are written out with softmax's own: q·(Σ_v q(v)·1[q(v) < p(v)] − 1[q < p]) here.
     """
-    return _TV.apply(z_p, z_q)  # type: ignore[no-any-return,no-untyped-call]
+    return _Written.apply(z_p, z_q, _tv)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def token_kl(z_p: Tensor, z_q: Tensor) -> Tensor:
     """Forward KL(p‖q) of next-token laws in nats: (..., vocabulary) logits to (...) ≥ 0."""
-    return _KL.apply(z_p, z_q)  # type: ignore[no-any-return,no-untyped-call]
+    return _Written.apply(z_p, z_q, _kl)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def token_jsd(z_p: Tensor, z_q: Tensor) -> Tensor:
     """Jensen–Shannon divergence, ½KL(p‖m) + ½KL(q‖m) of m = (p + q)/2, in nats: (..., vocabulary) logits to (...) ≤ log 2."""
-    return _JSD.apply(z_p, z_q)  # type: ignore[no-any-return,no-untyped-call]
+    return _Written.apply(z_p, z_q, _jsd)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def selected(log_probs: Tensor, ids: Tensor) -> Tensor:
@@ -83,60 +84,48 @@ def tv_bound_from_kl(kl: Tensor) -> Tensor:
     return torch.minimum((kl / 2).sqrt(), (-torch.expm1(-kl)).sqrt())
 
 
-class _TV(torch.autograd.Function):
-    """Σ_v (p(v) − q(v))₊; its gradient at q's logits is q·(Σ_v q(v)·1[q(v) < p(v)] − 1[q < p])."""
+class _Written(torch.autograd.Function):
+    """Values and slopes at the logits z_q by `both`, a function of z_p and z_q."""
 
     @staticmethod
-    def forward(ctx: Any, z_p: Tensor, z_q: Tensor) -> Tensor:
-        q = z_q.softmax(-1)
-        over = z_p.softmax(-1).sub_(q).clamp_(min=0)
-        value = over.sum(-1)
-        below = over.sign_().mul_(q)
-        ctx.save_for_backward(q.mul_(below.sum(-1, keepdim=True)).sub_(below))
+    def forward(ctx: Any, z_p: Tensor, z_q: Tensor, both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        value, slope = both(z_p, z_q)
+        ctx.save_for_backward(slope)
         return value
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor, None]:
         (slope,) = ctx.saved_tensors
-        return None, slope * outer[..., None]
+        return None, slope * outer[..., None], None
 
 
-class _KL(torch.autograd.Function):
+def _tv(z_p: Tensor, z_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_v (p(v) − q(v))₊; its gradient at q's logits is q·(Σ_v q(v)·1[q(v) < p(v)] − 1[q < p])."""
+    q = z_q.softmax(-1)
+    over = z_p.softmax(-1).sub_(q).clamp_(min=0)
+    value = over.sum(-1)
+    below = over.sign_().mul_(q)
+    return value, q.mul_(below.sum(-1, keepdim=True)).sub_(below)
+
+
+def _kl(z_p: Tensor, z_q: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_v p(v)·(z_p(v) − z_q(v)) + log Σ e^z_q − log Σ e^z_p; its gradient at q's logits is q − p."""
-
-    @staticmethod
-    def forward(ctx: Any, z_p: Tensor, z_q: Tensor) -> Tensor:
-        p, q = z_p.softmax(-1), z_q.softmax(-1)
-        difference = (z_p - z_q).nan_to_num_().mul_(p).sum(-1, keepdim=True)  # 0·log 0 = 0
-        value = difference + _log_total(z_q, q) - _log_total(z_p, p)
-        ctx.save_for_backward(q.sub_(p))
-        return value.squeeze(-1)
-
-    @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor]:
-        (slope,) = ctx.saved_tensors
-        return None, slope * outer[..., None]
+    p, q = z_p.softmax(-1), z_q.softmax(-1)
+    difference = (z_p - z_q).nan_to_num_().mul_(p).sum(-1, keepdim=True)  # 0·log 0 = 0
+    value = difference + _log_total(z_q, q) - _log_total(z_p, p)
+    return value.squeeze(-1), q.sub_(p)
 
 
-class _JSD(torch.autograd.Function):
+def _jsd(z_p: Tensor, z_q: Tensor) -> tuple[Tensor, Tensor]:
     """½Σ_v p·(log p − log m) + q·(log q − log m); its gradient at q's logits is ½q·(log q − log m − KL(q‖m))."""
-
-    @staticmethod
-    def forward(ctx: Any, z_p: Tensor, z_q: Tensor) -> Tensor:
-        p, q = z_p.softmax(-1), z_q.softmax(-1)
-        log_m = (p + q).mul_(0.5).clamp_(min=torch.finfo(p.dtype).tiny).log_()
-        of_p, of_q = (
-            z.sub(_log_total(z, law)).sub_(log_m).nan_to_num_().mul_(law) for z, law in ((z_p, p), (z_q, q))
-        )  # 0·log 0 = 0
-        kl_q = of_q.sum(-1, keepdim=True)
-        value = of_p.sum(-1, keepdim=True).add_(kl_q).mul_(0.5)
-        ctx.save_for_backward(of_q.addcmul_(q, kl_q, value=-1).mul_(0.5))
-        return value.squeeze(-1)
-
-    @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor]:
-        (slope,) = ctx.saved_tensors
-        return None, slope * outer[..., None]
+    p, q = z_p.softmax(-1), z_q.softmax(-1)
+    log_m = (p + q).mul_(0.5).clamp_(min=torch.finfo(p.dtype).tiny).log_()
+    of_p, of_q = (
+        z.sub(_log_total(z, law)).sub_(log_m).nan_to_num_().mul_(law) for z, law in ((z_p, p), (z_q, q))
+    )  # 0·log 0 = 0
+    kl_q = of_q.sum(-1, keepdim=True)
+    value = of_p.sum(-1, keepdim=True).add_(kl_q).mul_(0.5)
+    return value.squeeze(-1), of_q.addcmul_(q, kl_q, value=-1).mul_(0.5)
 
 
 def _log_total(logits: Tensor, law: Tensor) -> Tensor:

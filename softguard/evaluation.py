@@ -203,7 +203,7 @@ class _Run:
         """What `make` gives for each prompt, from disk if it was made before with the same settings, precision and versions."""
         path = self.out / "answers" / f"{name}-{suite.name}.json"
         told = self._teller(f"{name} {suite.name}", suite)
-        precision, code = str(self.base.model.dtype), [versions()[package] for package in _DECIDE]
+        precision, code = self.base.precision, [versions()[package] for package in _DECIDE]
         made_by = fingerprint(self.base.fingerprint, precision, code, self._identity[name], settings, list(suite.prompts))
         if path.is_file():
             kept = read_json(path, "file of answers")

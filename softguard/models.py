@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,11 @@ class BaseModel:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def precision(self) -> str:
+        """What it computes in, as `torch.float32`."""
+        return str(self.model.dtype)
 
     @property
     def context(self) -> int:
@@ -99,7 +103,7 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     logging.set_verbosity_error()
     try:
         safe = {} if extra else {"use_safetensors": True}  # a GGUF file is no pickle either
-        with read_once() if extra else nullcontext():
+        with read_once():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=DTYPES[dtype], trust_remote_code=False, attn_implementation=attention, **extra, **safe
