@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from softguard.gguf_files import read_once
-from softguard.models import BaseModel, locate
+from softguard.models import BaseModel, load_base, locate
 
 
 def test_a_file_read_once_is_what_transformers_reads(base: BaseModel) -> None:
@@ -24,6 +24,18 @@ def test_a_file_read_once_is_what_transformers_reads(base: BaseModel) -> None:
     assert tokenizer.get_vocab() == base.tokenizer.get_vocab()
     text = "What is a 'gate'?\n\n<|im_end|> naïve 123"
     assert tokenizer(text).input_ids == base.tokenizer(text).input_ids
+
+
+def test_a_base_is_loaded_from_one_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, own = [], gguf.GGUFReader.__init__
+
+    def counted(self: gguf.GGUFReader, path: str, *more: str) -> None:
+        read.append(path)
+        own(self, path, *more)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    load_base("smollm2")
+    assert len(read) == 1
 
 
 def test_a_file_is_parsed_once_and_gguf_is_left_as_it_was() -> None:
