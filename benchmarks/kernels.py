@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import alternate, arguments, keep, machine
+from benchmarks.record import alternate, arguments, keep, machine, multiplies_bfloat16
 from softguard.divergences import selected, token_jsd, token_kl, token_tv
 from softguard.kernels import Head, log_law, per_token_between, selected_log_probs
 
@@ -32,7 +32,7 @@ def main() -> None:
     before = machine(options.threads)
     rows = []
     for vocabulary in VOCABULARIES:
-        for dtype in DTYPES:
+        for dtype in DTYPES if multiplies_bfloat16(before) else ("fp32",):
             for kernel in KERNELS:
                 rows += measure(kernel, vocabulary, dtype, options.tokens, options.rounds)
     keep("kernels", rows, before, tokens=options.tokens, hidden=HIDDEN)

@@ -76,8 +76,7 @@ def keep(name: str, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]
     `<name>-plain`.
     """
     RESULTS.mkdir(exist_ok=True)
-    plain = not any(flag.endswith("bf16") for flag in before["cpu_flags"])
-    name += "-gpu" if "gpu" in before else "-plain" if plain else ""
+    name += "-gpu" if "gpu" in before else "" if multiplies_bfloat16(before) else "-plain"
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -111,6 +110,11 @@ def machine(threads: int = 0) -> dict[str, Any]:
         "cpu_flags": cpu_flags(),
         "load_before": os.getloadavg(),
     }
+
+
+def multiplies_bfloat16(before: Mapping[str, Any]) -> bool:
+    """Whether the machine `before`, from `machine()`, does; one that does not is timed in float32 alone."""
+    return "gpu" in before or any(flag.endswith("bf16") for flag in before["cpu_flags"])
 
 
 def cpu_flags() -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.record import alternate, arguments, keep, machine
+from benchmarks.record import alternate, arguments, keep, machine, multiplies_bfloat16
 from softguard.config import load_recipe
 from softguard.corpus import Corpus, Draw, Example
 from softguard.distill import _Trainer
@@ -47,7 +47,7 @@ def main() -> None:
     before = machine(options.threads)
     shape = Shape(options.batch, options.prompt, options.response)
     rows = []
-    for dtype in ("bfloat16", "float32"):
+    for dtype in ("bfloat16", "float32") if multiplies_bfloat16(before) else ("float32",):
         sides = _sides(shape, dtype)
         timings = alternate(sides, options.rounds)
         for name, timing in timings.items():
