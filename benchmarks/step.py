@@ -26,8 +26,8 @@ from softguard.models import BaseModel, load_base
 
 N_SOFT = 32
 _PRODUCTS = [
-    getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear")
-]  # what linear layers and attention come down to; in inference mode a layer stays one
+    getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")
+]  # what linear layers and attention come down to; in inference mode layers and matmul stay one
 
 
 class Shape(NamedTuple):
@@ -125,7 +125,7 @@ def products(base: BaseModel, step: Callable[[], Any]) -> Callable[[], None]:
 
     Weights stay the model's own: read from memory in turn, as the step reads them.
     """
-    weights = {parameter.data_ptr() for parameter in base.model.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
     made: dict[Any, Tensor] = {}
     calls: list[tuple[Any, list[Tensor]]] = []
 
@@ -141,7 +141,7 @@ def products(base: BaseModel, step: Callable[[], Any]) -> Callable[[], None]:
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function in _PRODUCTS:
                 tensors = [a.detach() for a in args if isinstance(a, Tensor)]
-                calls.append((function, [a if a.data_ptr() in weights else like(a) for a in tensors]))
+                calls.append((function, [a if a.untyped_storage().data_ptr() in weights else like(a) for a in tensors]))
             return function(*args, **(kwargs or {}))
 
     with Watch():  # type: ignore[no-untyped-call]

@@ -229,7 +229,7 @@ class _PlainRows:
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.buffers[index]
             keys[:, :, column], values[:, :, column] = k, v
-            queries = q.view(len(mask), -1, q.shape[-1])  # heads of one key stand as its queries
+            queries = q.reshape(len(mask), -1, q.shape[-1])  # heads of one key stand as its queries
             scores = torch.baddbmm(mask, queries, keys.flatten(0, 1).mT, alpha=self.scaling)
             return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(q.shape)
 
@@ -253,7 +253,7 @@ class _PlainRows:
         self.buffers = [_Kept(*(x[rows] for x in kept)) for kept in self.buffers]
 
     def _output(self, hidden: Tensor) -> Output:
-        logits = self.base.model.get_output_embeddings()(hidden)
+        logits = self.base.head.logits(hidden)
         return Output(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden)
 
 

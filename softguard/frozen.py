@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from softguard.products import into_input, linear
+
 KeysValues = Sequence[tuple[Tensor, Tensor]]  # of every layer, (key heads, tokens, width) each
 
 
@@ -56,10 +58,10 @@ def infer(
     hidden, turn = embeddings, _turns(decoder, embeddings, positions)
     for index, layer in enumerate(decoder.layers):
         q, k, v = _queries_keys_values(layer.self_attn, _norm(hidden, layer.input_layernorm)[0], turn)
-        hidden = layer.self_attn.o_proj(attend(index, q, k, v).flatten(1)).add_(hidden)
+        hidden = linear(layer.self_attn.o_proj, attend(index, q, k, v).flatten(1)).add_(hidden)
         middle = _norm(hidden, layer.post_attention_layernorm)[0]
-        opened = torch.nn.functional.silu(layer.mlp.gate_proj(middle)).mul_(layer.mlp.up_proj(middle))
-        hidden = layer.mlp.down_proj(opened).add_(hidden)
+        opened = torch.nn.functional.silu(linear(layer.mlp.gate_proj, middle)).mul_(linear(layer.mlp.up_proj, middle))
+        hidden = linear(layer.mlp.down_proj, opened).add_(hidden)
     return decoder.norm(hidden)  # type: ignore[no-any-return]
 
 
@@ -93,28 +95,29 @@ class _Layer(torch.autograd.Function):
         first, first_scale = _norm(x, layer.input_layernorm)
         before = None if keys is None or values is None else (keys, values)
         mixed, kept = seen.attend(*_queries_keys_values(attention, first, turn), attention.scaling, before)
-        middle = attention.o_proj(mixed.flatten(1)).add_(x)
+        middle = linear(attention.o_proj, mixed.flatten(1)).add_(x)
         second, second_scale = _norm(middle, layer.post_attention_layernorm)
-        gate, up = mlp.gate_proj(second), mlp.up_proj(second)
+        gate, up = linear(mlp.gate_proj, second), linear(mlp.up_proj, second)
         opened = torch.nn.functional.silu(gate)
         ctx.save_for_backward(x, first_scale, middle, second_scale, gate, up, opened, *kept)
         ctx.layer, ctx.turn, ctx.seen, ctx.has_before = layer, turn, seen, before is not None
-        return mlp.down_proj(opened * up).add_(middle)  # type: ignore[no-any-return]
+        return linear(mlp.down_proj, opened * up).add_(middle)
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         x, first_scale, middle, second_scale, gate, up, opened, *kept = ctx.saved_tensors
         attention, mlp, (cos, sin) = ctx.layer.self_attn, ctx.layer.mlp, ctx.turn
-        into_product = outer @ mlp.down_proj.weight
+        into_product = into_input(outer, mlp.down_proj.weight)
         into_gate = torch.ops.aten.silu_backward(into_product * up, gate)
         into_up = into_product.mul_(opened)
-        into_second = torch.addmm(into_gate @ mlp.gate_proj.weight, into_up, mlp.up_proj.weight)
+        into_second = into_input(into_up, mlp.up_proj.weight, into_input(into_gate, mlp.gate_proj.weight))
         into_middle = _norm_backward(into_second, middle, second_scale, ctx.layer.post_attention_layernorm).add_(outer)
-        into_mixed = into_middle @ attention.o_proj.weight
+        into_mixed = into_input(into_middle, attention.o_proj.weight)
         q, k, v, keys, values = ctx.seen.backward(into_mixed.view(len(x), -1, attention.head_dim), kept, attention.scaling)
         q, k = _turn(q, cos, -sin), _turn(k, cos, -sin)  # a rotation's transpose is the rotation back
-        into_first = torch.addmm(q.flatten(1) @ attention.q_proj.weight, k.flatten(1), attention.k_proj.weight)
-        into_first = into_first.addmm_(v.flatten(1), attention.v_proj.weight)
+        into_first = into_input(q.flatten(1), attention.q_proj.weight)
+        into_first = into_input(k.flatten(1), attention.k_proj.weight, into_first)
+        into_first = into_input(v.flatten(1), attention.v_proj.weight, into_first)
         into_x = _norm_backward(into_first, x, first_scale, ctx.layer.input_layernorm).add_(into_middle)
         before = (keys, values) if ctx.has_before else (None, None)
         return into_x, *before, None, None, None
@@ -122,7 +125,8 @@ class _Layer(torch.autograd.Function):
 
 def _queries_keys_values(attention: Any, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, heads, width) each, queries and keys turned to their positions."""
-    q, k, v = (p(x).view(len(x), -1, attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    layers = attention.q_proj, attention.k_proj, attention.v_proj
+    q, k, v = (linear(layer, x).view(len(x), -1, attention.head_dim) for layer in layers)
     return _turn(q, *turn), _turn(k, *turn), v
 
 

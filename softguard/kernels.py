@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from softguard import products
+
 _TILE = 2**25  # bytes of logits held at once …
-_LEAST = 128  # … but those of so many tokens at least
+_LEAST = 256  # … but those of so many tokens at least
 _BLOCK = 2**18  # logits of which laws are made at once
 
 
@@ -25,7 +27,7 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(tokens, hidden) to (tokens, vocabulary), in the head's precision."""
-        logits = hidden.to(self.weight.dtype) @ self.weight.mT
+        logits = products.logits(hidden.to(self.weight.dtype), self.weight)
         if self.scale != 1:
             logits.mul_(self.scale)
         return logits.div_(self.cap).tanh_() * self.cap if self.cap else logits
