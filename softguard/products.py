@@ -1,8 +1,8 @@
 """Products with frozen weights, in the order in which the processor's library makes them fastest.
 
 (tokens, n) @ (n, m) can be asked for as its transpose. In float32 PyTorch's library (MKL) makes few rows up to twice as fast
-that way, and its result, read as (tokens, m), lies in columns; operations on it keep that. Many rows, bfloat16 and GPUs gain
-nothing by it. The numbers are the same but for rounding.
+that way, and its result, read as (tokens, m), lies in columns; operations on it keep that. A thousand rows gain nothing by it;
+bfloat16 and GPUs, of which it is not measured, are left as they are. The numbers are the same but for rounding.
 """
 
 from typing import Any
