@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softguard import frozen
 from softguard.adapters import DIRECTION, Adapter, peft_config
 from softguard.models import BaseModel
 
@@ -47,10 +48,21 @@ def _inject_lora(model: nn.Module, adapter: Adapter, base: BaseModel) -> None:
 
 
 def _steer(model: Any, adapter: Adapter) -> None:
-    """Add the vector where the layer's last product joins the residual stream: the same as adding it to the layer's output."""
+    """Add the vector to a layer's output; where layers run written out, where the last product joins the residual stream."""
+    plain = frozen.is_plain(model.get_decoder())
     for name, vector in adapter.tensors.items():
-        mlp: Any = decoder_layers(model)[int(name.removeprefix(DIRECTION))].mlp
-        mlp.down_proj = _Steered(mlp.down_proj, _parameter(vector))
+        layer: Any = decoder_layers(model)[int(name.removeprefix(DIRECTION))]
+        if plain:
+            layer.mlp.down_proj = _Steered(layer.mlp.down_proj, _parameter(vector))
+        else:
+            layer.register_parameter("steering", _parameter(vector))
+            layer.register_forward_hook(_add_steering)
+
+
+def _add_steering(layer: Any, _: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return output[0] + layer.steering.to(output[0].dtype), *output[1:]
+    return output + layer.steering.to(output.dtype)
 
 
 class _Steered(nn.Module):

@@ -83,7 +83,7 @@ class Adapter:
         return f"{self.kind} of {what}{self.parameters:,} numbers, {self.bytes:,} bytes"
 
     def save(self, folder: Path, base: BaseModel) -> None:
-        """Write the adapter; `softguard.json`, which seals the rest, comes last.
+        """Write the adapter in the place of what `folder` held; `softguard.json`, which seals the rest, comes last.
 
         Raises SoftguardError if a value is not finite in float16.
         """
@@ -94,6 +94,8 @@ class Adapter:
             raise SoftguardError("the adapter has values that float16 cannot hold; lower distil.learning_rate")
         blob = save(stored)
         write_file(folder / "adapter_model.safetensors", lambda beside: beside.write_bytes(blob))
+        for layout in ("adapter_config.json", "control_vector.gguf"):  # what another kind left here would describe it still
+            (folder / layout).unlink(missing_ok=True)
         if self.kind == "steering":
             write_file(folder / "control_vector.gguf", partial(_write_control_vector, stored, base))
         elif self.slot == "start" and self.kind not in ("text", "gate"):
@@ -128,19 +130,21 @@ class Adapter:
             raise SoftguardError(
                 f"adapter {folder} has version {facts.get('version')}, this softguard reads {VERSION}; distil again"
             )
-        if facts["base"] != base.fingerprint:
+        if facts.get("base") != base.fingerprint:
             raise SoftguardError(
-                f"adapter {folder} belongs to model {facts['model']!r} ({facts['base']}), not to {base.name!r} "
+                f"adapter {folder} belongs to model {facts.get('model')!r} ({facts.get('base')}), not to {base.name!r} "
                 f"({base.fingerprint}); load it with the model and quantisation it was trained for"
             )
         try:
             blob = (folder / "adapter_model.safetensors").read_bytes()
         except OSError as error:
             raise SoftguardError(f"adapter {folder} has no readable adapter_model.safetensors; distil again") from error
-        if hashlib.sha256(blob).hexdigest() != facts["weights_sha256"]:
+        if hashlib.sha256(blob).hexdigest() != facts.get("weights_sha256"):
             raise SoftguardError(
                 f"adapter {folder} is damaged: its weights are not those softguard.json was written for; distil again"
             )
+        if missing := [key for key in ("adapter", "slot") if key not in facts]:
+            raise SoftguardError(f"adapter {folder} is damaged: softguard.json lacks {missing[0]!r}; distil again")
         known = ("version", "adapter", "slot", "text", "n_soft", "weights_sha256", "model", "base")
         tensors = {name: tensor.float().to(base.device) for name, tensor in load(blob).items()}
         rest = {k: v for k, v in facts.items() if k not in known}

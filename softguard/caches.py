@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from softguard.config import fingerprint
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.files import write_file
@@ -22,15 +23,25 @@ def caches_of(shard: Path) -> Path:
 
 
 def keep_caches(path: Path, prompts: Sequence[str], engine: Engine, batch_size: int, progress: Callable[[int], None]) -> None:
-    """Write those of a shard's prompts, see `Engine.caches`, unless the file is there; `progress` is told how many are done.
+    """Write those of a shard's prompts, see `Engine.caches`, unless the file holds them; `progress` is told how many are done.
 
     Raises SoftguardError for a model they are not kept of, or a full disk.
     """
-    if path.is_file():
+    identity = fingerprint(list(prompts))
+    if _identity(path) == identity:
         progress(len(prompts))
         return
-    made = engine.caches(prompts, batch_size, progress)
-    write_file(path, partial(save_file, {str(number): cache.cpu() for number, cache in enumerate(made)}))
+    made = {str(number): cache.cpu() for number, cache in enumerate(engine.caches(prompts, batch_size, progress))}
+    write_file(path, partial(save_file, made, metadata={"prompts": identity}))
+
+
+def _identity(path: Path) -> str | None:
+    """What a file of caches says its prompts are; none of a missing or damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("prompts")
+    except (OSError, SafetensorError):
+        return None
 
 
 def read_caches(path: Path, numbers: Sequence[int]) -> list[Tensor]:

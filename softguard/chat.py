@@ -52,16 +52,23 @@ class PlainText:
             for token in tokenizer.added_tokens_decoder.values()
             if len(str(token)) > 1 and (token.special or str(token) in template)
         }
-        longest_first = sorted(control, key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, longest_first))) if control else None
+        longest_first = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
+        self.control = re.compile(longest_first) if control else None
+        self._spelt = re.compile(f"(?={longest_first})") if control else None  # one that begins within another, too
+        self._ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if str(token) in control)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; a control token spelt in it is cut after its first character and the parts are encoded apart."""
-        cuts = [0, *(m.start() + 1 for m in self.control.finditer(text)), len(text)] if self.control else [0, len(text)]
-        ids: list[int] = []
-        for start, end in pairwise(cuts):
-            ids += self._tokenizer.encode(text[start:end], add_special_tokens=False)
-        return ids
+        cuts = [0, *(m.start() + 1 for m in self._spelt.finditer(text)), len(text)] if self._spelt else [0, len(text)]
+        return [i for start, end in pairwise(cuts) for i in self._part(text[start:end])]
+
+    def _part(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        if self._ids.isdisjoint(ids):
+            return ids
+        # A tokenizer that changes text before it looks for control tokens finds them in other letters: one at a time it cannot.
+        apart = [self._tokenizer.encode(letter, add_special_tokens=False) for letter in text]
+        return [i for ids in apart for i in ids if i not in self._ids]
 
 
 class Chat:
@@ -88,7 +95,7 @@ class Chat:
         self.prefix = Prefix(self._template_ids(system_header), self._template_ids(opening[len(system_header) :]))
         self.closing = self._template_ids(closing)  # between the user's text and the response
         after_answer = self._template_ids(self._fixed([Turn("user", ""), Turn("assistant", "")], answer=True)[-1])
-        special = set(tokenizer.all_special_ids)
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
         self.end_id: int = next((i for i in after_answer if i in special), tokenizer.eos_token_id)
         self.stop_ids: frozenset[int] = frozenset({self.end_id, tokenizer.eos_token_id, *extra_stops})
 
@@ -130,6 +137,8 @@ class Chat:
             if not found:
                 raise SoftguardError("the chat template drops or repeats a message; only plain chat templates work")
             pieces.append(before)
+        if any("\ue000" in piece for piece in (*pieces, text)):
+            raise SoftguardError("the chat template drops or repeats a message; only plain chat templates work")
         return [*pieces, text]
 
     def with_system(self, text: str) -> list[int]:
@@ -142,7 +151,7 @@ class Chat:
         system, user = "\ue000s\ue001", "\ue000u\ue001"
         try:
             text = self._render([{"role": "system", "content": system}, {"role": "user", "content": user}], True)
-        except Exception:  # templates refuse a role by raising whatever jinja gives them
+        except SoftguardError:  # so a template refuses a role
             text = ""
         if system not in text or user not in text:
             raise SoftguardError("the chat template takes no system message; use slot: start")
@@ -150,7 +159,10 @@ class Chat:
         return before, rest.partition(user)[0]
 
     def _render(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+        except Exception as error:  # whatever jinja gives it
+            raise SoftguardError(f"the chat template fails ({type(error).__name__}: {error}); use another model") from error
 
 
 class Rows(NamedTuple):

@@ -26,13 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(options)
     except SoftguardError as error:
-        print(f"softguard: {error}", file=sys.stderr)
+        print(f"softguard: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever was told of the cause
         return 2
     except OSError as error:  # a full disk, a file that vanished
-        print(f"softguard: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        print(f"softguard: {error.filename or 'the system'}: {' '.join(str(error.strerror or error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("softguard: interrupted; the same command goes on where it was", file=sys.stderr)
+        goes_on = run in (_teach, _distil, _evaluate, _study, _demo)
+        told = "the same command goes on where it was" if goes_on else "nothing was kept"
+        print(f"softguard: interrupted; {told}", file=sys.stderr)
         return 130
     return 0
 
@@ -197,18 +199,20 @@ def _evaluate(options: argparse.Namespace) -> None:
     from softguard.adapters import Adapter
     from softguard.estimate import evaluate_plan
     from softguard.evaluation import evaluate
+    from softguard.judges import load_judge
     from softguard.progress import Bars
     from softguard.report import table
     from softguard.suites import load_suites
 
     load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)  # before the model is loaded for nothing
+    judges = [load_judge(spec) for spec in (recipe.evaluate.judge, *recipe.evaluate.other_judges)]
     system, base = _system(recipe), _base(recipe)
     adapter = Adapter.load(options.adapter, base) if options.adapter else None
     if options.dry_run:
         print(evaluate_plan(recipe, base, adapter is not None))
         return
     with Bars() as bars:
-        results = evaluate(recipe, options.out, base, system, adapter, progress=bars)
+        results = evaluate(recipe, options.out, base, system, adapter, judges, bars)
     print(table(results.contract()))
     print(f"written to {options.out / 'results.json'}")
 
@@ -301,10 +305,11 @@ def _demo(options: argparse.Namespace) -> None:
     from softguard.demo import demo, demo_plan, demo_recipe
 
     recipe = demo_recipe(options.recipe, options.overrides)
+    system, base = _system(recipe), _base(recipe)
     if options.dry_run:
-        print(demo_plan(recipe))
+        print(demo_plan(recipe, base))
         return
-    print(demo(recipe, options.out, _base(recipe), _system(recipe)))
+    print(demo(recipe, options.out, base, system))
 
 
 if __name__ == "__main__":

@@ -211,6 +211,10 @@ class Recipe:
             raise SoftguardError(
                 f"distil.drift_weight is {d.drift_weight}; objective {d.objective} has no such weight, leave it out"
             )
+        if self.model.threads > 1024:
+            raise SoftguardError(f"model.threads is {self.model.threads}; it must be at most 1024")
+        if not self.evaluate.suites:
+            raise SoftguardError("evaluate.suites is empty; name a suite, such as harmful")
         if not self.system.refusal.strip():
             raise SoftguardError("system.refusal is empty; give the text of the refusal")
         for category, wanted in self.system.policy.items():
@@ -234,14 +238,12 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
 
 def read_values(path: Path) -> dict[str, Any]:
     """The sections of a YAML recipe as they stand, unchecked. Raises SoftguardError if it cannot be read as such."""
-    import yaml
-
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = _read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SoftguardError(f"recipe {path} cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SoftguardError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise SoftguardError(f"recipe {path} is not valid YAML: {error}") from error
     if loaded is not None and not isinstance(loaded, dict):
         raise SoftguardError(f"recipe {path} must be a mapping of sections, not {type(loaded).__name__}")
     return loaded or {}
@@ -252,8 +254,6 @@ def overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
 
     Raises SoftguardError for an override that does not read so.
     """
-    import yaml
-
     changed: dict[str, Any] = copy.deepcopy(dict(values))
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -267,10 +267,27 @@ def overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
                 raise SoftguardError(f"override {override!r}: {section} is not a section")
             target = inner
         try:
-            target[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise SoftguardError(f"override {override!r}: the value is not valid YAML") from error
+            target[last] = _read_yaml(text)
+        except ValueError as error:
+            raise SoftguardError(f"override {override!r}: the value is not valid YAML: {error}") from error
     return changed
+
+
+def _read_yaml(text: str) -> Any:
+    """A YAML document in which no key stands twice. Raises ValueError, in one line, for another."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"key {twice[0]} stands twice, line {node.start_mark.line + 1}")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of no calendar, an integer of too many digits
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -319,7 +336,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if typing.get_origin(hint) in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise SoftguardError(f"{key} is {value!r}; it must be a section")
-        return {str(name): _convert(typing.get_args(hint)[1], inner, f"{key}.{name}") for name, inner in value.items()}
+        if strange := [name for name in value if not isinstance(name, str)]:
+            raise SoftguardError(f"{key} has the key {strange[0]!r}, which YAML does not read as text; set it in quotes")
+        return {name: _convert(typing.get_args(hint)[1], inner, f"{key}.{name}") for name, inner in value.items()}
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value
@@ -336,4 +355,17 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         names = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
         raise SoftguardError(f"{key} is {value!r}; it must be {names}")
+    if isinstance(value, int) and value >= 2**63:
+        raise SoftguardError(f"{key} is {value}; it must be below 2**63")
+    if isinstance(value, str) and not is_whole(value):
+        raise SoftguardError(f"{key} holds half a character (a lone surrogate); mend the text")
     return value
+
+
+def is_whole(text: str) -> bool:
+    """Whether no character of `text` is half a pair of surrogates, which no file holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -4,7 +4,9 @@ import sys
 from collections.abc import Mapping
 
 from softguard.chat import Turn
+from softguard.config import is_whole
 from softguard.engine import Engine
+from softguard.errors import SoftguardError
 
 
 def converse(engines: Mapping[str, Engine], max_new_tokens: int) -> None:
@@ -12,7 +14,12 @@ def converse(engines: Mapping[str, Engine], max_new_tokens: int) -> None:
     histories: dict[str, list[Turn]] = {name: [] for name in engines}
     while True:
         print("you> ", end="", flush=True)
-        line = sys.stdin.readline().strip()
+        try:
+            line = sys.stdin.readline().strip()
+        except UnicodeDecodeError:
+            line = "\udcff"
+        if not is_whole(line):
+            raise SoftguardError("the input is not UTF-8 text; convert it")
         if not line:
             return
         for name, engine in engines.items():

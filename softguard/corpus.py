@@ -7,6 +7,7 @@ its first missing shard and ends with the same bytes. Drawing and reading need t
 Beside each shard may lie the `caches` of its prompts.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
 from softguard.files import read_json, write_file, write_json
 from softguard.models import BaseModel
-from softguard.prompts import Prompt, read_prompts
+from softguard.prompts import Prompt, read_prompts, read_rows
 from softguard.system import SafeSystem
 
 VERSION = 4
@@ -165,11 +166,13 @@ class Corpus:
     def _shards(self, split: str) -> list[Path]:
         return [self.folder / split / f"{i:05d}.parquet" for i in range(len(self.manifest["shards"][split]))]
 
-    def _shard(self, split: str, number: int) -> pq.ParquetFile:
+    @contextlib.contextmanager
+    def _shard(self, split: str, number: int) -> Iterator[pq.ParquetFile]:
         path = self._shards(split)[number]
         try:
-            return pq.ParquetFile(path)
-        except (OSError, pa.ArrowInvalid) as error:
+            with pq.ParquetFile(path) as table:
+                yield table
+        except (OSError, pa.ArrowException) as error:
             raise SoftguardError(f"corpus shard {path} is missing or damaged ({error}); remove it and teach again") from error
 
 
@@ -180,11 +183,11 @@ def teach(
     system: SafeSystem,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Corpus:
-    """Draw and score the corpus a recipe asks for, or complete a half-finished one.
+    """Draw and score the corpus a recipe asks for, or complete one of which shards or caches are missing.
 
     `progress` is told the stage, how many prompts were just finished and how many there are. Raises SoftguardError for bad
-    prompts, a failing guard (shards finished so far stay and are not drawn again), a full disk, or a folder that holds another
-    recipe's corpus.
+    prompts, a failing guard (shards finished so far stay and are not drawn again), a full disk, a damaged shard, or a folder
+    that holds another recipe's corpus.
     """
     teacher = {
         "version": VERSION,
@@ -212,15 +215,12 @@ def teach(
                 raise SoftguardError(
                     f"{out} holds a corpus made with other settings ({key} differs); choose another --out or remove it"
                 )
-        if found.get("fingerprint"):
-            return Corpus.open(out, base)
+        known = found.get("shards") or {}
     else:
+        known = {}
         write_json(out / "manifest.json", {**teacher, "fingerprint": None})
-    wanted = recipe.teach
-    sources = {"train": (wanted.prompts, wanted.limit), "validation": (wanted.validation, wanted.validation_limit)}
-    # A first pass over all prompts finds a malformed row before hours are spent, and tells how long it will take.
-    totals = {split: sum(1 for _ in read_prompts(*source)) for split, source in sources.items()}
-    engine = Engine(base)
+    engine, sources = Engine(base), _sources(recipe)
+    totals = check_prompts(recipe, engine)
     shards: dict[str, list[str]] = {}
     prompts: dict[str, int] = {}
     for split, source in sources.items():
@@ -228,11 +228,34 @@ def teach(
         def told(stage: str, done: int, split: str = split) -> None:
             progress(f"{stage} {split}", done, totals[split])
 
-        made = list(_draw_split(recipe, *source, out / split, engine, system, told))
+        made = list(_draw_split(recipe, *source, out / split, engine, system, known.get(split, []), told))
         shards[split], prompts[split] = [shard.digest for shard in made], sum(shard.prompts for shard in made)
     identity = fingerprint(teacher["settings"], shards)
     write_json(out / "manifest.json", {**teacher, "fingerprint": identity, "prompts": prompts, "shards": shards})
     return Corpus.open(out, base)
+
+
+def check_prompts(recipe: Recipe, engine: Engine) -> dict[str, int]:
+    """How many prompts each split has: a first pass over all, so that a bad one is found before hours are spent.
+
+    Raises SoftguardError naming the place of a malformed prompt, or of one too long for the model.
+    """
+    return {
+        split: _count(source, limit, recipe.teach.max_new_tokens, engine) for split, (source, limit) in _sources(recipe).items()
+    }
+
+
+def _sources(recipe: Recipe) -> dict[str, tuple[str, int]]:
+    wanted = recipe.teach
+    return {"train": (wanted.prompts, wanted.limit), "validation": (wanted.validation, wanted.validation_limit)}
+
+
+def _count(source: str, limit: int, new: int, engine: Engine) -> int:
+    count = 0
+    for where, row in islice(read_rows(source, limit), limit or None):
+        engine.check_fits(row["prompt"], new, where)
+        count += 1
+    return count
 
 
 class _Shard(NamedTuple):
@@ -247,9 +270,13 @@ def _draw_split(
     folder: Path,
     engine: Engine,
     system: SafeSystem,
+    known: list[str],
     progress: Callable[[str, int], None],
 ) -> Iterator[_Shard]:
-    """Make the split's missing shards and yield them all; `progress` is told a stage and how many prompts went through it."""
+    """Make the split's missing shards and yield them all; `progress` is told a stage and how many prompts went through it.
+
+    `known`: the digests of those of a finished corpus.
+    """
     drawn, kept = partial(progress, "teach"), partial(progress, "keep caches of")
     prompts = read_prompts(source, limit)
     number = 0
@@ -261,16 +288,22 @@ def _draw_split(
                 stored = (pq.read_schema(path).metadata or {}).get(b"prompts", b"").decode()
             except (OSError, pa.ArrowInvalid):
                 stored = ""
-            if stored != asked:
+            if stored not in ("", asked):
                 raise SoftguardError(f"{path} holds other prompts than {source} has now; choose another --out or remove it")
+            if not stored or (number < len(known) and _digest(path) != known[number]):
+                raise SoftguardError(f"{path} is damaged; remove it and teach again")
             drawn(len(shard))
         else:
             table = _draw(recipe, shard, engine, system, drawn).replace_schema_metadata({"prompts": asked})
             write_file(path, partial(pq.write_table, table, row_group_size=_ROW_GROUP))
         if recipe.teach.keep_caches:
             keep_caches(caches_of(path), [prompt.text for prompt in shard], engine, recipe.teach.batch_size, kept)
-        yield _Shard(hashlib.sha256(path.read_bytes()).hexdigest()[:16], len(shard))
+        yield _Shard(_digest(path), len(shard))
         number += 1
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _draw(recipe: Recipe, shard: list[Prompt], engine: Engine, system: SafeSystem, progress: Callable[[int], None]) -> pa.Table:
@@ -315,7 +348,7 @@ def _draw(recipe: Recipe, shard: list[Prompt], engine: Engine, system: SafeSyste
 
 def _instead(engine: Engine, system: SafeSystem, response: Response, text: str) -> list[int]:
     """Ids of what is said instead; what is made of a response that was broken off is broken off, too."""
-    if text in system.policy.refusals or response.ids[-1] in engine.chat.stop_ids:
+    if text in system.policy.refusals or not response.ids or response.ids[-1] in engine.chat.stop_ids:
         return engine.chat.encode_response(text)
     return engine.chat.plain_ids(text)
 

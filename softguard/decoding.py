@@ -5,6 +5,7 @@ at a time. All others run as transformers has them.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -55,6 +56,7 @@ class Resident(NamedTuple):
 
     length: int
     begin: Begin
+    together: Callable[[Sequence[int]], list[list[int]]]  # indices of rows by ascending length, those that can run together
     caches: Callable[[Sequence[Sequence[int]]], Caches] | None = None  # of prompts
     resume: Callable[[Caches], Decoding] | None = None  # as `begin` leaves rows
 
@@ -77,11 +79,14 @@ def keep_prefix(base: BaseModel, prefix: ConstantPrefix, gate: Gate | None = Non
         return Resident(
             prefix.length,
             lambda prompts: _PlainRows.begin(base, kept, prompts, gate),
+            lambda lengths: [_ascending(lengths)],
             caches=caches,
             resume=lambda caches: _PlainRows.resume(base, kept, caches),
         )
     cache = _run_prefix(base, prefix)
-    return Resident(prefix.length, lambda prompts: _AnyRows.begin(base, cache, prompts, gate))
+    # Padding stands between the prefix and a row, where a window of attention counts it.
+    together = equal if any(layer.is_sliding for layer in cache.layers) else alike
+    return Resident(prefix.length, lambda prompts: _AnyRows.begin(base, cache, prompts, gate), together)
 
 
 def _run_prefix(base: BaseModel, prefix: ConstantPrefix) -> Any:
@@ -101,7 +106,7 @@ def gated_log_odds(gate: Gate, prefix: Resident, prompts: Sequence[Sequence[int]
     if caches is not None and prefix.resume is not None:
         return gate.each(gate.base.head.logits(prefix.resume(caches).closed(gate)))
     count, result = len(gate.closing), torch.zeros(len(prompts), gate.members, device=gate.base.device)
-    for group in [list(range(len(prompts)))] if prefix.caches else alike([len(prompt) for prompt in prompts]):
+    for group in prefix.together([len(prompt) for prompt in prompts]):
         with torch.no_grad():
             _, rows = prefix.begin([prompts[i][:-count] for i in group])
         odds = gate.each(gate.base.head.logits(rows.closed(gate)))
@@ -112,12 +117,21 @@ def gated_log_odds(gate: Gate, prefix: Resident, prompts: Sequence[Sequence[int]
 def alike(lengths: Sequence[int]) -> list[list[int]]:
     """Indices by ascending length, in groups of which padding takes at most a quarter more than the rows themselves."""
     groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+    for i in _ascending(lengths):
         if groups and (len(groups[-1]) + 1) * lengths[i] <= 1.25 * (sum(lengths[j] for j in groups[-1]) + lengths[i]):
             groups[-1].append(i)
         else:
             groups.append([i])
     return groups
+
+
+def equal(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices by ascending length, in groups of one length each."""
+    return [list(group) for _, group in groupby(_ascending(lengths), key=lengths.__getitem__)]
+
+
+def _ascending(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
 
 
 _ROOM = 32  # columns: growing copies all, an empty column is read in vain

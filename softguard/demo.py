@@ -6,13 +6,15 @@ from importlib import resources
 from pathlib import Path
 
 from softguard.config import Recipe, dump_recipe, load_recipe
-from softguard.corpus import teach
-from softguard.distill import distil
+from softguard.corpus import check_prompts, teach
+from softguard.distill import distil, steps_of
+from softguard.engine import Engine
 from softguard.evaluation import evaluate
 from softguard.files import write_text
 from softguard.models import BaseModel
 from softguard.progress import Bars, Steps
 from softguard.report import examples, table, write_report
+from softguard.suites import load_suites
 from softguard.system import SafeSystem
 
 
@@ -21,11 +23,13 @@ def demo_recipe(path: Path | None, overrides: Sequence[str]) -> Recipe:
     return load_recipe(path or Path(str(resources.files("softguard") / "data" / "demo.yaml")), overrides)
 
 
-def demo_plan(recipe: Recipe) -> str:
-    """What the demo would do."""
+def demo_plan(recipe: Recipe, base: BaseModel) -> str:
+    """What the demo would do. Reads and checks all prompts and suites."""
+    counts = check_prompts(recipe, Engine(base))
+    suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
     return (
-        f"demo: teach on {recipe.teach.limit or 'all'} prompts of {recipe.teach.prompts}, distil {recipe.distil.steps} steps, "
-        f"evaluate {', '.join(recipe.evaluate.suites)} on {recipe.evaluate.limit or 'all'} test prompts "
+        f"demo: teach on {counts['train']:,} prompts of {recipe.teach.prompts}, distil {steps_of(recipe)} steps, "
+        f"evaluate {', '.join(f'{suite.name} ({len(suite.prompts):,})' for suite in suites)} "
         "each; about 20 minutes on two cores, less where they multiply bfloat16; up to 5 GB of caches on disk"
     )
 
@@ -35,12 +39,13 @@ def demo(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -> str:
 
     Leaves corpus/, adapter/, answers/, results.json, report.html, recipe.yaml and log.jsonl. Goes on where it was stopped.
     """
-    write_text(out / "recipe.yaml", dump_recipe(recipe))
     with Bars() as bars:
         corpus = teach(recipe, out / "corpus", base, system, bars)
-    with Steps(recipe.distil.steps) as steps:
+    with Steps(steps_of(recipe)) as steps:
         adapter = distil(recipe, corpus, out / "adapter", base, steps)
-    log = (out / "adapter" / "log.jsonl").read_text(encoding="utf-8")
+    write_text(out / "recipe.yaml", dump_recipe(recipe))  # now that the folder is known to be this recipe's
+    path = out / "adapter" / "log.jsonl"
+    log = path.read_text(encoding="utf-8") if path.is_file() else ""  # nothing was trained
     write_text(out / "log.jsonl", log)
     with Bars() as bars:
         results = evaluate(recipe, out, base, system, adapter, progress=bars)

@@ -26,7 +26,7 @@ from softguard.guards import Guard, load_guard
 from softguard.initial import initial_adapter
 from softguard.models import BaseModel
 from softguard.objectives import PAIRED, Batch, Losses, find_objective
-from softguard.passes import Passes, Probe
+from softguard.passes import Passes, Probe, token_scale
 from softguard.prompts import thin
 from softguard.rollouts import ON_POLICY, Rollouts, draw, losses
 
@@ -64,16 +64,33 @@ def distil(
     recipe's run, the guard fails, or the loss is no longer finite.
     """
     corpus = Corpus.open(corpus.folder, base)
-    if recipe.distil.steps and recipe.distil.adapter != "text":
-        if recipe.distil.adapter != "gate" and not corpus.examples("train", [0])[0].responses[0].ids:
-            raise SoftguardError(
-                f"corpus {corpus.folder} holds no responses, which a {recipe.distil.adapter} learns from; teach again with "
-                "teach.max_new_tokens above 0"
-            )
+    check_corpus(recipe, corpus)
+    if (out / "softguard.json").is_file():
+        _check_run(read_json(out / "softguard.json", "adapter").get("settings"), _settings(recipe, corpus, base), out)
+    if steps_of(recipe):
         return _Trainer(recipe, corpus, out, base, guard).run(progress)
+    from accelerate import PartialState
+
     facts = {**_facts(recipe, corpus, base), "objective": "untrained", "steps": 0}
-    replace(_start(recipe, corpus, base), facts=facts).save(out, base)
+    process = PartialState(cpu=base.device.type == "cpu")
+    if process.is_main_process:
+        replace(_start(recipe, corpus, base), facts=facts).save(out, base)
+    process.wait_for_everyone()
     return Adapter.load(out, base)
+
+
+def steps_of(recipe: Recipe) -> int:
+    """Steps its adapter is trained for: none of a text."""
+    return 0 if recipe.distil.adapter == "text" else recipe.distil.steps
+
+
+def check_corpus(recipe: Recipe, corpus: Corpus) -> None:
+    """Raises SoftguardError if the corpus lacks the responses that the recipe's adapter learns from."""
+    if steps_of(recipe) and recipe.distil.adapter != "gate" and not corpus.examples("train", [0])[0].responses[0].ids:
+        raise SoftguardError(
+            f"corpus {corpus.folder} holds no responses, which a {recipe.distil.adapter} learns from; teach again with "
+            "teach.max_new_tokens above 0"
+        )
 
 
 def time_step(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> float:
@@ -99,6 +116,13 @@ def _start(recipe: Recipe, corpus: Corpus, base: BaseModel) -> Adapter:
         chosen = [thin(np.flatnonzero(group).tolist(), _CONTRAST) for group in (rates > 0.5, rates <= 0.5)]
         refused, kept = ([e.prompt for e in corpus.examples("train", indices)] for indices in chosen)
     return initial_adapter(base, recipe.distil, refused, kept, recipe.seed)
+
+
+def _check_run(found: Any, settings: str, out: Path) -> None:
+    if found != settings:
+        raise SoftguardError(
+            f"{out} holds a run with other settings, model, precision or corpus; choose another --out or remove it"
+        )
 
 
 def _settings(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
@@ -141,6 +165,11 @@ class _Trainer:
         self.on_policy = self.config.objective in ON_POLICY
         if self.on_policy:
             self.guard = guard or load_guard(recipe.system.guard)
+            if self.guard.name != corpus.manifest["guard"]:
+                raise SoftguardError(
+                    f"the corpus was taught by guard {corpus.manifest['guard']!r}, not {self.guard.name!r}; give that one as "
+                    "system.guard"
+                )
         else:
             self.objective = find_objective(self.config.objective, ON_POLICY)
         if self.config.adapter == "gate":
@@ -221,12 +250,12 @@ class _Trainer:
             safe = -float(rollouts.reward.mean())
         else:
             self.optimiser.zero_grad()
-            mine = examples[self.rank :: self.processes]
+            mine, scale = examples[self.rank :: self.processes], token_scale(examples, epoch)
             for where in np.array_split(np.arange(len(mine)), min(self.config.accumulate, len(mine)) or 1):
                 if not len(where):
                     continue
                 part = [mine[i] for i in where]  # neighbours in length, so that attention pads little
-                branch = self._branches(part, epoch, len(examples))
+                branch = self._branches(part, epoch, len(examples), scale)
                 self._backward(self.safe_weight * branch.safe + self.config.refusal_weight * branch.refusal)
                 safe, refusal = safe + branch.safe.item(), refusal + branch.refusal.item()
             safe, refusal = self._sum_over_processes(safe, refusal)
@@ -234,10 +263,10 @@ class _Trainer:
         self.schedule.step()
         return Step(0, "train", safe, refusal)
 
-    def _branches(self, examples: Sequence[Example], epoch: int, prompts: int) -> Losses:
+    def _branches(self, examples: Sequence[Example], epoch: int, prompts: int, scale: float) -> Losses:
         if self.student.kind == "gate":
             return self._gate_losses(self.passes.log_odds(examples), examples, prompts)
-        return self.objective(self._batch(examples, epoch, prompts)[0], self.config.length)
+        return self.objective(self._batch(examples, epoch, prompts)[0]._replace(scale=scale), self.config.length)
 
     def _gate_losses(self, log_odds: Tensor, examples: Sequence[Example], prompts: int) -> Losses:
         """Mean over the columns of (examples, …) log-odds, so that members learn each by itself."""
@@ -245,6 +274,8 @@ class _Trainer:
         return gate.losses(log_odds, torch.tensor(rates, device=log_odds.device), prompts * log_odds.shape[1])
 
     def _backward(self, loss: Tensor) -> None:
+        if not loss.requires_grad:  # an objective may learn nothing of prompts that the system refuses
+            return
         if not torch.isfinite(loss):
             raise SoftguardError(
                 f"the loss is {loss.item()} at step {self.step + 1}; lower distil.learning_rate, it is "
@@ -254,10 +285,10 @@ class _Trainer:
 
     def _move(self) -> None:
         parameters = list(self.trained.values())
-        if self.processes > 1:
-            for parameter in parameters:
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(gradient, "sum")  # losses are shares of the whole batch's mean
+        for parameter in parameters:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            # losses are shares of the whole batch's mean
+            parameter.grad = self.accelerator.reduce(gradient, "sum") if self.processes > 1 else gradient
         self.accelerator.clip_grad_norm_(parameters, self.config.clip)
         self.optimiser.step()
 
@@ -314,6 +345,11 @@ class _Trainer:
             sums.over_refuses / max(sums.answered, 1),
         )
         loss = self.safe_weight * safe + self.config.refusal_weight * refusal
+        if not np.isfinite(loss):
+            raise SoftguardError(
+                f"the loss on validation is {loss} at step {self.step}; lower distil.learning_rate, it is "
+                f"{self.config.learning_rate}"
+            )
         self.since_best += 1
         if loss < self.best_loss:
             self.best_loss, self.since_best, self.best = loss, 0, self._now()
@@ -333,17 +369,20 @@ class _Trainer:
 
     def _resume(self) -> None:
         """Take up the checkpoint, if there is one, and drop log lines written after it."""
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         folder = self.out / "checkpoint"
         if not (folder / "state.json").is_file():
             return
         state = read_json(folder / "state.json", "checkpoint")
-        if state["settings"] != self.settings:
-            raise SoftguardError(
-                f"{self.out} holds a run with other settings, model, precision or corpus; choose another --out or remove it"
-            )
-        tensors = load((folder / state["tensors"]).read_bytes())
+        _check_run(state["settings"], self.settings, self.out)
+        try:
+            tensors = load((folder / state["tensors"]).read_bytes())
+            lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            self.log = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+        except (OSError, SafetensorError, ValueError) as error:
+            raise SoftguardError(f"{folder} or the log beside it is damaged ({error}); remove it to train anew") from error
         self.step, self.best_loss, self.since_best = state["step"], float(state["best_loss"]), state["since_best"]
         current = self.optimiser.state_dict()
         for number, (name, parameter) in enumerate(self.trained.items()):
@@ -356,8 +395,6 @@ class _Trainer:
             warnings.simplefilter("ignore")  # "schedule stepped before optimiser": the optimiser's steps are in the checkpoint
             for _ in range(self.step):  # the schedule is a function of the number of its steps
                 self.schedule.step()
-        lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        self.log = [line for line in lines if json.loads(line)["step"] <= self.step]
 
     def _checkpoint(self) -> None:
         """Write log and tensors under new names or whole, then the state that points to them, then drop the old tensors."""
@@ -379,7 +416,7 @@ class _Trainer:
                 "settings": self.settings,
                 "step": self.step,
                 "tensors": name,
-                "best_loss": self.best_loss if np.isfinite(self.best_loss) else "inf",
+                "best_loss": self.best_loss if np.isfinite(self.best_loss) else "inf",  # before the first validation
                 "since_best": self.since_best,
             },
         )

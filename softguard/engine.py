@@ -65,10 +65,10 @@ class Engine:
             return [Response((), "")] * len(prompts)
         encoded = [self.chat.encode(prompt) for prompt in prompts]
         for number, ids in enumerate(encoded, 1):
-            self._check_fits(len(ids), max_new_tokens, f"prompt {number}")
+            self._check_length(len(ids), max_new_tokens, f"prompt {number}")
         draws = _streams(prompts, max_new_tokens, seed) if temperature > 0 else None
         responses: dict[int, Response] = {}
-        for batch in _by_length(encoded, batch_size):
+        for batch in self._batches(encoded, batch_size):
             picked = None if draws is None else torch.from_numpy(draws[batch])
             made: list[list[_Token]] = [[] for _ in batch]
             for tokens in self._steps([encoded[i] for i in batch], max_new_tokens, temperature, picked):
@@ -84,7 +84,7 @@ class Engine:
     def stream(self, turns: Sequence[Turn], max_new_tokens: int) -> Iterator[str]:
         """Answer a conversation greedily and yield its text piece by piece as it is made."""
         ids = self.chat.encode_turns(turns)
-        self._check_fits(len(ids), max_new_tokens, "the conversation")
+        self._check_length(len(ids), max_new_tokens, "the conversation")
         made: list[int] = []
         shown = ""
         for tokens in self._steps([ids], max_new_tokens, 0.0, None):
@@ -105,8 +105,10 @@ class Engine:
         if self.gate is None:
             return torch.full((len(prompts),), -torch.inf)
         encoded = [self.chat.encode(prompt) for prompt in prompts]
+        for number, ids in enumerate(encoded, 1):
+            self._check_length(len(ids), 0, f"prompt {number}")
         result = torch.empty(len(prompts))
-        for batch in _by_length(encoded, batch_size):
+        for batch in self._batches(encoded, batch_size):
             output, _ = self.prefix.begin([encoded[i] for i in batch])
             assert output.gated is not None
             result[batch] = self.gate.log_odds(output.gated).cpu().float()
@@ -126,7 +128,7 @@ class Engine:
             )
         encoded = [self.chat.plain_ids(prompt) for prompt in prompts]
         found: dict[int, Tensor] = {}
-        for batch in _by_length(encoded, batch_size):
+        for batch in self._batches(encoded, batch_size):
             found |= zip(batch, self.prefix.caches([encoded[i] for i in batch]), strict=True)
             progress(len(batch))
         return [found[i] for i in range(len(prompts))]
@@ -153,7 +155,17 @@ class Engine:
     def _text(self, ids: Sequence[int]) -> str:
         return self.chat.decode([i for i in ids if i not in self.chat.stop_ids])
 
-    def _check_fits(self, length: int, new: int, what: str) -> None:
+    def _batches(self, encoded: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+        """Indices of rows by ascending length, in batches."""
+        for group in self.prefix.together([len(ids) for ids in encoded]):
+            for start in range(0, len(group), batch_size):
+                yield group[start : start + batch_size]
+
+    def check_fits(self, prompt: str, max_new_tokens: int, what: str) -> None:
+        """Raises SoftguardError, in which `what` stands for it, for a prompt that does not fit the model's context."""
+        self._check_length(len(self.chat.encode(prompt)), max_new_tokens, what)
+
+    def _check_length(self, length: int, new: int, what: str) -> None:
         if self.prefix.length + length + new > self.base.context:
             raise SoftguardError(
                 f"{what} has {length} tokens; with {self.prefix.length} of prefix and {new} new ones it exceeds the model's "
@@ -192,13 +204,6 @@ class Engine:
                 decoding.keep(index)
                 chosen, running = chosen[index], [running[i] for i in keep]
             output = decoding.step(chosen)
-
-
-def _by_length(encoded: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of rows by ascending length, in batches."""
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
 
 
 def _refused(log_odds: Tensor, draws: Tensor | None) -> tuple[set[int], Tensor | None]:

@@ -5,8 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from softguard.config import Recipe
-from softguard.corpus import Corpus
-from softguard.distill import time_step
+from softguard.corpus import Corpus, check_prompts
+from softguard.distill import check_corpus, steps_of, time_step
 from softguard.engine import Engine
 from softguard.models import BaseModel
 from softguard.prompts import read_prompts, thin
@@ -16,7 +16,8 @@ _SAMPLE = 16  # prompts
 
 
 def teach_plan(recipe: Recipe, base: BaseModel) -> str:
-    """What `teach` would draw and roughly how long it would take. Reads, and so checks, all prompts."""
+    """What `teach` would draw and roughly how long it would take. Reads and checks all prompts."""
+    check_prompts(recipe, Engine(base))
     wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
     texts = {source: [prompt.text for prompt in read_prompts(source, limit)] for source, limit in wanted}
     count = sum(map(len, texts.values())) * recipe.teach.responses
@@ -30,10 +31,12 @@ def teach_plan(recipe: Recipe, base: BaseModel) -> str:
 
 def distil_plan(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
     """What `distil` would train and roughly how long it would take."""
+    check_corpus(recipe, corpus)
+    steps = steps_of(recipe)
     with TemporaryDirectory() as folder:
-        seconds = time_step(recipe, corpus, Path(folder), base) * recipe.distil.steps if recipe.distil.steps else 0.0
+        seconds = time_step(recipe, corpus, Path(folder), base) * steps if steps else 0.0
     return (
-        f"distil: {recipe.distil.steps} steps of {recipe.distil.batch_size} prompts from a corpus of "
+        f"distil: {steps} steps of {recipe.distil.batch_size} prompts from a corpus of "
         f"{corpus.size('train'):,}, objective {recipe.distil.objective}, {_adapter(recipe)}; about {minutes(seconds)}"
     )
 

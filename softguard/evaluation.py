@@ -13,7 +13,7 @@ on the same prompts), over_refusal (share of refusals to harmless prompts), toke
 answers drawn from the base; nats for KL), perplexity_ratio (of those answers, to the base's), accuracy (share of questions
 whose right answer is the likeliest; what the system or a gate refuses is wrong), accuracy_change (to the base, paired),
 gap_closed ((distilled − base) / (system − base) safety). Intervals are 95 %, exact for shares, bootstrap over prompts
-otherwise. `method` is "base", the system's mode, or the adapter's objective.
+otherwise (`stats`, also for where all prompts agree). `method` is "base", the system's mode, or the adapter's objective.
 
 Answers are kept in `answers/`, one file a system and suite, and are not made again by a later run with the same settings,
 precision and versions.
@@ -110,17 +110,25 @@ def evaluate(
     base: BaseModel,
     system: SafeSystem,
     adapter: Adapter | None = None,
-    judge: Judge | GuardJudge | None = None,
+    judges: Sequence[Judge | GuardJudge] = (),
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Results:
     """Measure base and safe system, and base + adapter if one is given, and write `out/results.json`.
 
+    `judges`: the one whose word counts and those beside it; left out, the recipe's.
     `progress` is told the stage, how many prompts were just done and how many there are. Raises SoftguardError for an unusable
-    suite, a failing guard or a full disk; answers finished so far are kept.
+    suite, judges of one name, a failing guard or a full disk; answers finished so far are kept.
     """
     suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
-    judge = judge or load_judge(recipe.evaluate.judge)
-    others = [load_judge(spec) for spec in recipe.evaluate.other_judges]
+    judge, *others = judges or [load_judge(spec) for spec in (recipe.evaluate.judge, *recipe.evaluate.other_judges)]
+    names = [judge.name, *(other.name for other in others)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SoftguardError(f"two judges are called {twice[0]}, so that their figures cannot be told apart; leave one out")
+    if adapter is not None and adapter.facts.get("guard", system.guard.name) != system.guard.name:
+        raise SoftguardError(
+            f"the adapter was distilled from a system with guard {adapter.facts['guard']!r}, not {system.guard.name!r}, whose "
+            "safety gap is another; give the former as system.guard"
+        )
     run = _Run(recipe, out, base, system, adapter, progress)
     rows: list[Row] = []
     answers: dict[System, dict[str, list[str]]] = {name: {} for name in run.systems}
@@ -259,7 +267,7 @@ class _Run:
             rows.append(self._share_row(name, suite, "accuracy", hits))
             if name != "base":
                 change = [float(hit) - float(was) for hit, was in zip(hits, right["base"], strict=True)]
-                rows.append(self._mean_row(name, suite, "accuracy_change", change))
+                rows.append(self._mean_row(name, suite, "accuracy_change", change, stats.change))
         return rows
 
     def graded(
@@ -295,9 +303,16 @@ class _Run:
     def _keep_outcomes(self, name: System, suite: Suite, metric: str, values: Sequence[float]) -> None:
         self.outcomes.append(Outcomes(name, suite.name, metric, fingerprint(list(suite.prompts)), tuple(values)))
 
-    def _mean_row(self, name: System, suite: Suite, metric: str, values: Sequence[float]) -> Row:
+    def _mean_row(
+        self,
+        name: System,
+        suite: Suite,
+        metric: str,
+        values: Sequence[float],
+        estimate: Callable[[Sequence[float], int], stats.Estimate] = stats.mean,
+    ) -> Row:
         self._keep_outcomes(name, suite, metric, values)
-        return Row(name, self.methods[name], suite.name, suite.split, metric, *stats.mean(values, self.recipe.seed))
+        return Row(name, self.methods[name], suite.name, suite.split, metric, *estimate(values, self.recipe.seed))
 
     def _system_drift(self, suite: Suite, drawn: Sequence[Response]) -> list[float]:
         """The system departs from the base at the first token only, by U(x), if the base never begins a refusal."""

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from softguard.errors import SoftguardError
 
@@ -13,23 +13,42 @@ from softguard.errors import SoftguardError
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a path beside `path`, flush what it wrote to disk and rename it into place.
 
-    Raises SoftguardError, with nothing left behind, if the disk is full or the folder cannot be written.
+    Raises SoftguardError, with nothing left behind, if the disk is full or the folder cannot be written, or another process
+    is writing the same file.
     """
+    if not path.name:
+        raise SoftguardError(f"{path} is a folder; name a file in it")
     beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        with open(beside, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(beside, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        if not isinstance(error, OSError):
-            raise
+        with open(beside, "ab") as held:
+            _hold(held, beside, path)
+            try:
+                write(beside)
+                with open(beside, "rb") as handle:
+                    os.fsync(handle.fileno())
+                os.replace(beside, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    beside.unlink()
+                raise
+    except OSError as error:
         raise SoftguardError(
             f"{path} could not be written ({error.strerror or error}); free space or choose another folder"
         ) from error
+
+
+def _hold(handle: IO[bytes], beside: Path, path: Path) -> None:
+    """Lock an open file, alone among processes. Raises SoftguardError if another has it, or has just put it in place."""
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.path.samestat(os.fstat(handle.fileno()), beside.stat())
+    except (BlockingIOError, FileNotFoundError):
+        mine = False
+    if not mine:
+        raise SoftguardError(f"{path} is being written by another process; let that one end, or choose another folder")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -45,7 +64,7 @@ def write_json(path: Path, value: Any) -> None:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path`, alone among processes; waits for whoever holds it. A process that dies lets go of it."""
-    import fcntl  # not on Windows, where nothing else here needs it
+    import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as handle:

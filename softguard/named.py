@@ -20,7 +20,7 @@ def imported(spec: str, what: str) -> object:
         found: object = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SoftguardError(f"{what} {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
     return found
 

@@ -31,6 +31,7 @@ class Batch(NamedTuple):
     refusal_token: first id of what the system says instead, (S,) or, where it is the same for all rows, ().
     prompts: how many prompts the rows stand for; losses are means over prompts.
     drift_weight: λ, what the dense objectives multiply the divergence between answers by; whether to answer has weight 1.
+    scale: of `sft`'s mean, the weights of the whole batch over its weighted tokens; none: of these rows.
     base_refusal: (R, T_r) as `refusal`, of the base; for pairs alone, where row i of both branches is prompt i.
     beta: what straying from the base costs `dpo`.
     begins: (F,) first ids of all the system's refusals; none: refusal_token. refusal_mask: (R, T_r), 1 on real tokens; none:
@@ -51,6 +52,7 @@ class Batch(NamedTuple):
     drift_weight: float = 1.0
     base_refusal: Tensor | None = None
     beta: float = 0.1
+    scale: float | None = None
     begins: Tensor | None = None
     refusal_mask: Tensor | None = None
 
@@ -165,8 +167,10 @@ def sft(batch: Batch, length: Length) -> Losses:
     """
     safe = batch.p_safe * (_response(batch) * batch.mask).sum(-1)
     refusal = batch.refusal_rate * _over_refusal(batch, "sum")
-    scale = batch.p_safe.new_ones(())
-    if length == "mean":
+    scale: Tensor | float = 1.0
+    if length == "mean" and batch.scale is not None:
+        scale = batch.scale
+    elif length == "mean":
         tokens = (batch.p_safe * batch.mask.sum(-1)).sum() + (batch.refusal_rate * _refusal_mask(batch).sum(-1)).sum()
         scale = (batch.p_safe.sum() + batch.refusal_rate.sum()) / tokens.clamp(min=1)
     return Losses(-scale * safe.sum() / batch.prompts, -scale * refusal.sum() / batch.prompts)

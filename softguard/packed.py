@@ -6,6 +6,7 @@ Layers of the common make run as `frozen` has them written out, all others as tr
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ from softguard.models import BaseModel
 from softguard.prefix import ConstantPrefix
 
 _NAME = "softguard_packed"
+# What models tell their attention that changes nothing here, or is heeded below. Not what some have beside it, such as sinks.
+_KNOWN = (
+    "dropout",
+    "sliding_window",
+    "softcap",
+    "is_causal",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+)
 
 
 def packed_hidden(
@@ -39,6 +51,7 @@ def packed_hidden(
     if frozen.is_plain(decoder) and not changed_inside(decoder):
         hidden = frozen.run_layers(decoder, embeddings, positions, [at] * len(decoder.layers), prefix.keys_values)
     else:
+        _check(decoder)
         hidden = _run_any(decoder, embeddings, positions, at, prefix.keys_values)
     return list(torch.split(hidden[kept], list(wanted)))
 
@@ -60,6 +73,30 @@ def _run_any(decoder: Any, embeddings: Tensor, positions: Tensor, at: Layout, be
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
+@torch.no_grad()
+def _check(decoder: Any) -> None:
+    """Raises SoftguardError unless a row of a flat sequence comes out as it does alone; asked once a model."""
+    if decoder in _checked:
+        return
+    first, second = torch.arange(4, device=decoder.device), torch.arange(4, 7, device=decoder.device)
+    embeddings = decoder.get_input_embeddings()(torch.cat([first, second]))
+    positions = torch.tensor([0, 1, 2, 3, 1, 2, 3], device=decoder.device)
+    at = Layout(1, [3, 3], embeddings, 0)
+    alone = decoder(inputs_embeds=embeddings[[0, 4, 5, 6]][None], use_cache=False).last_hidden_state[0, 1:].float()
+    try:
+        packed = _run_any(decoder, embeddings, positions, at, None)[4:].float()
+    except TypeError as error:  # of a make whose layers do not hand on what attention is told
+        raise SoftguardError(f"a {type(decoder).__name__} cannot be trained here ({error}); use another model") from error
+    if not torch.allclose(packed, alone, atol=0.05 * float(alone.abs().max())):
+        raise SoftguardError(
+            f"a {type(decoder).__name__} cannot be trained here: its rows change each other; use another model"
+        )
+    _checked.add(decoder)
+
+
+_checked: "WeakSet[Any]" = WeakSet()
+
+
 def _attention(
     module: Any,
     query: Tensor,
@@ -71,6 +108,8 @@ def _attention(
     before: frozen.KeysValues | None,
     **other: Any,
 ) -> tuple[Tensor, None]:
+    if strange := [name for name, value in other.items() if value is not None and name not in _KNOWN]:
+        raise SoftguardError(f"this model's attention asks for {strange[0]}, which is not known here; use another model")
     window = other.get("sliding_window")
     if window is not None and window < layout.before + layout.prefix + layout.width:
         raise SoftguardError(f"this model's attention has a window of {window} tokens, shorter than a row; use shorter prompts")

@@ -145,6 +145,14 @@ class Passes:
         )
 
 
+def token_scale(examples: Sequence[Example], epoch: int) -> float:
+    """Weights of the rows of a whole batch over their weighted tokens, `Batch.scale`."""
+    rows = [(draw.keep, len(draw.ids)) for draw in (e.responses[epoch % len(e.responses)] for e in examples)]
+    rows += [(rate, len(ids)) for e in examples for ids, rate in e.refusals.items()]
+    some = [(weight, tokens) for weight, tokens in rows if weight > _NO_WEIGHT]
+    return sum(weight for weight, _ in some) / max(sum(weight * tokens for weight, tokens in some), 1.0)
+
+
 class Probe(NamedTuple):
     """Sums over some rows, from which a line of validation is made."""
 

@@ -68,7 +68,7 @@ class Policy:
             return self._refusal if action.refusal is None else action.refusal
         try:
             said: object = self._functions[category](prompt, response)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise SoftguardError(
                 f"system.policy.{category}.function {action.function!r} failed with {type(error).__name__}: {error}"
             ) from error

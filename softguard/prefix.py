@@ -8,6 +8,7 @@ from torch import Tensor
 
 from softguard.adapters import Adapter
 from softguard.chat import Chat
+from softguard.errors import SoftguardError
 from softguard.models import BaseModel
 
 
@@ -33,6 +34,10 @@ def constant_prefix(base: BaseModel, chat: Chat, adapter: Adapter | None) -> Con
         return base.model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=base.device))  # type: ignore[no-any-return]
 
     before, after = embed(chat.prefix.before), embed(chat.prefix.after)
+    if not len(before) + len(after):
+        raise SoftguardError(
+            "the chat template has no text before the user's, which rows could stand behind; use another model"
+        )
     if adapter is None:
         return ConstantPrefix(torch.cat([before, after]))
     if adapter.kind == "text":

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from softguard.config import is_whole
 from softguard.errors import SoftguardError
 
 PACKAGED = "packaged"
@@ -62,10 +63,10 @@ def read_rows(source: str, limit: int = 0) -> Iterator[tuple[str, dict[str, Any]
             raise SoftguardError(f"{where}: field 'prompt' is {'missing' if text is None else 'not text'}; every row needs one")
         if not text.strip():
             raise SoftguardError(f"{where}: the prompt is empty; remove the row or fill it in")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise SoftguardError(f"{where}: field 'prompt' holds half a character (a lone surrogate); mend the text") from error
+        for key, value in row.items():
+            texts = value if isinstance(value, list | tuple) else [value]
+            if not all(is_whole(part) for part in texts if isinstance(part, str)):
+                raise SoftguardError(f"{where}: field {key!r} holds half a character (a lone surrogate); mend the text")
         if label not in (None, "", "harmful", "benign"):
             raise SoftguardError(f"{where}: label {label!r} is unknown; use harmful, benign or none")
         yield where, dict(row)
@@ -128,13 +129,13 @@ def _first_bad_byte(path: Path) -> int:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:  # spreadsheets and some editors begin their files with a mark
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SoftguardError(f"{path}:{number}: not valid JSON ({error}); mend or remove the line") from error
             if not isinstance(row, dict):
                 raise SoftguardError(f"{path}:{number}: must be a JSON object with a 'prompt'")
@@ -142,17 +143,21 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:  # spreadsheets begin their files with a mark
-        reader = csv.DictReader(lines)
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
         try:
             for row in reader:
+                if None in row:
+                    raise SoftguardError(
+                        f"{path}:{reader.line_num}: the row has more fields than the header; set what holds a comma in quotes"
+                    )
                 yield f"{path}:{reader.line_num}", row
         except csv.Error as error:
             raise SoftguardError(f"{path}:{reader.line_num}: not valid CSV ({error})") from error
 
 
 def _text(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield f"{path}:{number}", {"prompt": line.strip()}
@@ -178,10 +183,10 @@ def _hub(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         import datasets
     except ImportError as error:
-        raise SoftguardError(f"{source}: reading hub data sets needs 'datasets'; run: pip install softguard[hub]") from error
+        raise SoftguardError(f"{source}: reading hub data sets needs 'datasets'; run: pip install datasets") from error
     try:
         rows = datasets.load_dataset(name, split=split or "train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield f"{source} row {number}", row
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever its scripts, parsers and the network raise
         raise SoftguardError(f"{source} could not be loaded ({' '.join(str(error).split())[:200]})") from error

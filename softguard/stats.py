@@ -7,6 +7,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 _RESAMPLES = 10_000
+_JEFFREYS = 0.5  # prompts that a value is worth which was not seen
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -35,10 +36,23 @@ def mean(values: Sequence[float] | Array, seed: int = 0) -> Estimate:
 
     Of few seeds it is too narrow, as any bootstrap of few. Raises ValueError if there is nothing to average.
     """
+    return _mean(values, seed, ())
+
+
+def change(values: Sequence[float] | Array, seed: int = 0) -> Estimate:
+    """`mean` of paired differences of shares, −1, 0 or 1 a prompt.
+
+    A bootstrap knows no difference it has not seen: of none at all its interval had no width. So each resample also holds a
+    prompt that is better and one that is worse, of random weight ½ on average, as Jeffreys' prior has them.
+    """
+    return _mean(values, seed, (-1.0, 1.0))
+
+
+def _mean(values: Sequence[float] | Array, seed: int, unseen: Sequence[float]) -> Estimate:
     array = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if not array.size:
         raise ValueError("no prompts to average")
-    return Estimate(float(array.mean()), *_ends(_resampled_means(array, seed)), array.shape[1])
+    return Estimate(float(array.mean()), *_ends(_resampled_means(array, seed, unseen)), array.shape[1])
 
 
 def gap_closed(
@@ -47,16 +61,21 @@ def gap_closed(
     """Share of the safety gap between base and system that the student closes, (student − base) / (system − base).
 
     The three are safe/unsafe on the same prompts, resampled together, the student by (seeds, prompts) if it has several. None
-    where the system is no safer than the base; resamples without a gap are left out of the interval.
+    where the system is no safer than the base; resamples without a gap are left out of the interval. Of a gap of few answers
+    that are all closed a bootstrap's interval has no width, so each resample also holds an answer that the student closes and
+    one that it does not, of random weight ½ on average: of k closed among m it is then near Jeffreys', Beta(k + ½, m − k + ½).
     """
     sides = [np.atleast_2d(np.asarray(side, dtype=np.float64)) for side in (base, system, student)]
     below, above, reached = (float(side.mean()) for side in sides)
     if above <= below:
         return None
-    least, most, means = (_resampled_means(side, seed) for side in sides)
+    unseen = (0.0, 0.0), (1.0, 1.0), (0.0, 1.0)
+    least, most, means = (_resampled_means(side, seed, two) for side, two in zip(sides, unseen, strict=True))
     gap = most - least
     closed = (means - least)[gap > 0] / gap[gap > 0]
-    return Estimate((reached - below) / (above - below), *_ends(closed), sides[0].shape[1])
+    value = (reached - below) / (above - below)
+    low, high = _ends(closed)
+    return Estimate(value, min(low, value), max(high, value), sides[0].shape[1])
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -89,16 +108,18 @@ def pareto(points: Sequence[Sequence[float]]) -> list[bool]:
     return [not any(beats(other, point) for other in points) for point in points]
 
 
-def _resampled_means(values: Array, seed: int) -> Array:
-    """(resamples,) means of (seeds, prompts) values, a hundred resamples at a time.
+def _resampled_means(values: Array, seed: int, unseen: Sequence[float]) -> Array:
+    """(resamples,) means of (seeds, prompts) values, a hundred resamples at a time, with `unseen` values among them.
 
-    Of one `seed` and number of prompts the prompts drawn are the same.
+    Of one `seed` and number of prompts the prompts drawn, and the weights of what is unseen, are the same.
     """
-    of_prompts, of_seeds = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    of_prompts, of_seeds, of_unseen = (np.random.default_rng(stream) for stream in (seed, [seed, 1], [seed, 2]))
     count, n = values.shape
     parts = []
     for _ in range(_RESAMPLES // 100):
-        means = values[:, of_prompts.integers(0, n, size=(100, n))].mean(axis=2)  # (seeds, 100)
+        sums = values[:, of_prompts.integers(0, n, size=(100, n))].sum(axis=2)  # (seeds, 100)
+        weights = of_unseen.standard_gamma(_JEFFREYS, size=(100, len(unseen)))
+        means = (sums + weights @ np.asarray(unseen)) / (n + weights.sum(axis=1))
         parts.append(means[of_seeds.integers(0, count, size=(count, 100)), np.arange(100)].mean(axis=0))
     return np.concatenate(parts)
 

@@ -1,6 +1,10 @@
-import pytest
+import unicodedata
+from typing import ClassVar
 
-from softguard.chat import Chat, Turn, align
+import pytest
+from transformers import AddedToken
+
+from softguard.chat import Chat, PlainText, Turn, align
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
 
@@ -86,3 +90,45 @@ def test_a_template_without_system_message_is_refused_for_the_system_slot_only(b
 def test_a_template_that_drops_messages_is_refused(base: BaseModel) -> None:
     with pytest.raises(SoftguardError, match="drops or repeats"):
         Chat(Templated(base, "fixed text only"))
+
+
+def test_a_template_that_repeats_messages_is_refused(base: BaseModel) -> None:
+    template = "A{% for m in messages %}[{{ m.role }}]{{ m.content }} and again {{ m.content }}{% endfor %}"
+    with pytest.raises(SoftguardError, match="drops or repeats"):
+        Chat(Templated(base, template))
+
+
+def test_a_template_that_fails_is_told(base: BaseModel) -> None:
+    with pytest.raises(SoftguardError, match=r"the chat template fails \("):
+        Chat(Templated(base, "{{ raise_exception('never') }}"))
+
+
+class Overlapping:
+    """A tokenizer of single bytes with control tokens that overlap, one of which it also finds in other letters."""
+
+    added_tokens_decoder: ClassVar = {
+        i: AddedToken(text, special=True) for i, text in ((300, "|||"), (301, "<<x>>"), (302, ">>y>>"), (303, "<end>"))
+    }
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = []
+        text = unicodedata.normalize("NFKC", text)
+        while text:
+            found = next(((i, str(t)) for i, t in self.added_tokens_decoder.items() if text.startswith(str(t))), None)
+            ids, text = ([*ids, found[0]], text[len(found[1]) :]) if found else ([*ids, ord(text[0])], text[1:])
+        return ids
+
+
+@pytest.mark.parametrize("text", ["||||", "<<x>>y>>", "a<<<x>>", "\uff1cend\uff1e", "<e\uff4ed>"])
+def test_control_tokens_that_overlap_or_come_of_other_letters_stay_plain_text(text: str) -> None:
+    ids = PlainText(Overlapping(), "").encode(text)
+    assert max(ids) < 300
+    assert "".join(map(chr, ids)) == unicodedata.normalize("NFKC", text)
+
+
+def test_an_answer_ends_with_the_templates_own_token_though_it_has_no_name(base: BaseModel) -> None:
+    class Ends(Templated):
+        all_special_ids: ClassVar = [0]  # as transformers has it of tokens without a part such as eos
+
+    chat = Chat(Ends(base, str(base.tokenizer.chat_template)))
+    assert base.tokenizer.decode([chat.end_id]) == "<|im_end|>"

@@ -15,9 +15,10 @@ GUARD = "system.guard=tests.guards_for_tests:by_word"
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Run a command that must fail; returns its one line."""
     assert main([str(a) for a in arguments]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("softguard: ")]
-    assert len(lines) == 1
-    return lines[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("softguard: ") for line in lines) == 1
+    assert lines[-1].startswith("softguard: ")  # nothing of it spills over into another line
+    return lines[-1]
 
 
 @pytest.fixture
@@ -187,3 +188,63 @@ def test_chat_takes_the_packaged_adapter_unless_told_otherwise(small_folder: Pat
         shown = capsys.readouterr()
         assert shown.out == f"chat: would talk to {engines} until an empty line\n"
         assert ("no adapter is packaged" in shown.err) == (str(small_folder) in str(arguments))
+
+
+def exits(prompts: list[str], responses: list[str] | None) -> list[float]:
+    sys.exit(0)
+
+
+def tells_in_lines(prompts: list[str], responses: list[str] | None) -> list[float]:
+    raise ValueError("line one\nline two")
+
+
+@pytest.mark.parametrize("guard", ["exits", "tells_in_lines"])
+def test_whatever_a_guard_does_is_one_line_and_exit_code_2(
+    guard: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    data.write_text('{"prompt": "hello"}\n')
+    line = refused(capsys, "guard", "score", data, "--set", f"system.guard=tests.test_cli:{guard}", "--out", out)
+    assert line.endswith("nothing was taken as safe")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("system.guard=no.such:guard", "cannot be imported"),
+        ("teach.prompts=missing.jsonl", "does not exist"),
+        ("model.name=./nope", "does not exist"),
+        ("model.device=banana", "model.device is 'banana'"),
+        ("evaluate.suites=[bogus]", "suite 'bogus' is unknown"),
+    ],
+)
+def test_a_dry_run_of_the_demo_checks_everything(
+    setting: str, words: str, small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--set", f"model.name={small_folder}", "--set", setting]
+    assert words in refused(capsys, "demo", "--dry-run", "--out", tmp_path / "demo", *settings)
+
+
+def test_a_dry_run_finds_the_judge_missing(small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--set", f"model.name={small_folder}", "--set", "evaluate.judge=no.such:judge"]
+    assert "cannot be imported" in refused(capsys, "evaluate", "--dry-run", "--out", tmp_path / "out", *settings)
+
+
+def test_a_demo_of_other_settings_leaves_the_first_alone(
+    asked: Path, small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text('{"prompt": "build a bomb", "label": "harmful"}\n')
+    common = options(asked, small_folder, f"evaluate.suites=['file:{labelled}']", "evaluate.max_new_tokens=2")
+    common += ["--set", "distil.steps=0", "--set", "teach.keep_caches=false", "--set", "teach.limit=4"]
+    assert main(["demo", "--out", str(tmp_path / "demo"), *common]) == 0  # nothing trained: no log
+    before = (tmp_path / "demo" / "recipe.yaml").read_bytes()
+    assert "other settings" in refused(capsys, "demo", "--out", tmp_path / "demo", *common, "--set", "seed=1")
+    assert (tmp_path / "demo" / "recipe.yaml").read_bytes() == before
+
+
+def test_chat_takes_utf8_alone(small_folder: Path) -> None:
+    command = [sys.executable, "-m", "softguard.cli", "chat", "--max-new-tokens", "2", "--set", f"model.name={small_folder}"]
+    done = subprocess.run(command, cwd=ROOT, input=b"caf\xe9\n\n", capture_output=True, timeout=200)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, b"softguard: the input is not UTF-8 text; convert it")

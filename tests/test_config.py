@@ -392,3 +392,30 @@ system:
 def test_an_impossible_policy_is_told_with_its_key(override: str, said: str) -> None:
     with pytest.raises(SoftguardError, match=re.escape(said)):
         load_recipe(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("distil: {steps: 5}\nseed: 1\ndistil: {n_soft: 4}\n", "key distil stands twice"),
+        ("distil:\n  steps: 5\n  steps: 6\n", "key steps stands twice"),
+        ("system: {refusal: 2024-13-45}\n", "month must be in 1..12"),
+        ("[" * 5000, "not valid YAML"),
+        ("system: {policy: {no: {action: keep}}}\n", "system.policy has the key False"),
+        ('system: {refusal: "\\ud83d"}\n', "half a character"),
+        ("seed: 99999999999999999999\n", "must be below 2"),
+        ("evaluate: {suites: []}\n", "evaluate.suites is empty"),
+        ("model: {threads: 99999999}\n", "at most 1024"),
+    ],
+)
+def test_what_yaml_reads_strangely_is_told_in_one_line(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(SoftguardError) as told:
+        load_text(tmp_path, text)
+    assert said in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "0b_", "1" * 5000])
+def test_an_override_that_is_no_value_is_told(value: str) -> None:
+    with pytest.raises(SoftguardError, match="the value is not valid YAML"):
+        load_recipe(None, [f"seed={value}"])

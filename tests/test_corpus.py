@@ -274,3 +274,55 @@ def test_the_soft_refusal_rate_crosses_one_half_where_the_guard_is_cut() -> None
     assert example(0.8, 0.4).soft_refusal_rate(0.5) == pytest.approx(0.4)
     assert example(0.0).soft_refusal_rate(0.3) == pytest.approx(1, abs=1e-3)
     assert example(0.8).soft_refusal_rate(None) == 0.25
+
+
+def test_caches_of_other_prompts_are_made_again(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    out, caching = tmp_path / "corpus", "teach.keep_caches=true"
+    make(prompts, out, small, caching)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "shards"} | {"fingerprint": None}))
+    lines = prompts.read_text().splitlines()
+    prompts.write_text("\n".join([*lines[:8], *(json.dumps({"prompt": f"Another one, {i}"}) for i in range(32))]) + "\n")
+    for split in ("train", "validation"):
+        for number in range(1, 5):
+            (out / split / f"{number:05d}.parquet").unlink()  # as the message says; the caches stay
+    corpus = make(prompts, out, small, caching)
+    (example,) = corpus.examples("train", [9], caches=True)
+    assert example.cache is not None
+    torch.testing.assert_close(example.cache, Engine(small).caches([example.prompt])[0])
+
+
+def test_a_finished_corpus_draws_what_was_removed_from_it(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    out = tmp_path / "corpus"
+    make(prompts, out, small)
+    before = content(out)
+    (out / "train" / "00002.parquet").unlink()
+    make(prompts, out, small)
+    assert content(out) == before
+
+
+def test_a_finished_corpus_is_compared_with_its_prompts_and_its_seals(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    out = tmp_path / "corpus"
+    corpus = make(prompts, out, small)
+    shard = out / "train" / "00001.parquet"
+    whole = bytearray(shard.read_bytes())
+    whole[4:40] = bytes(b ^ 0xFF for b in whole[4:40])  # in the body: the footer, which is read first, is as it was
+    shard.write_bytes(whole)
+    with pytest.raises(SoftguardError, match=r"00001\.parquet is missing or damaged"):
+        corpus.examples("train", list(range(8, 16)))
+    with pytest.raises(SoftguardError, match=r"00001\.parquet is damaged; remove it and teach again"):
+        make(prompts, out, small)
+    prompts.write_text('{"prompt": "something else"}\n')
+    with pytest.raises(SoftguardError, match="holds other prompts"):
+        make(prompts, out, small)
+
+
+@pytest.mark.parametrize("new", [0, 4])
+def test_a_prompt_too_long_for_the_model_is_named_before_anything_is_drawn(
+    new: int, prompts: Path, tmp_path: Path, small: BaseModel
+) -> None:
+    with prompts.open("a") as file:
+        file.write(json.dumps({"prompt": "word " * 600}) + "\n")
+    with pytest.raises(SoftguardError, match=r"prompts\.jsonl:41 has \d+ tokens; .* exceeds the model's context of 512"):
+        make(prompts, tmp_path / "corpus", small, f"teach.max_new_tokens={new}", "distil.adapter=gate")
+    assert not (tmp_path / "corpus" / "train").exists()

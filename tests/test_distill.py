@@ -214,13 +214,17 @@ def test_two_processes_end_with_the_adapter_of_one(
     assert [line["step"] for line in log_of(out)] == [line["step"] for line in log_of(tmp_path / "one")]
 
 
-@pytest.mark.parametrize("adapter", ["soft_prompt", "gate"])
+@pytest.mark.parametrize(
+    ("adapter", "objective", "length"),
+    [("soft_prompt", "tv", "sum"), ("gate", "tv", "sum"), ("soft_prompt", "sft", "mean"), ("soft_prompt", "tv-paper", "mean")],
+)
 def test_micro_batches_give_the_gradient_of_the_whole_batch(
-    adapter: str, prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+    adapter: str, objective: str, length: str, prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
 ) -> None:
     gradients = []
     for parts in (1, 3):
-        wanted = recipe(prompts, f"distil.accumulate={parts}", "distil.clip=1e9", f"distil.adapter={adapter}")
+        settings = [f"distil.adapter={adapter}", f"distil.objective={objective}", f"distil.length={length}"]
+        wanted = recipe(prompts, f"distil.accumulate={parts}", "distil.clip=1e9", *settings)
         trainer = _Trainer(wanted, corpus, tmp_path, small)
         trainer._train_step(list(range(6)), 0)
         assert trainer.student.vectors.grad is not None
@@ -429,3 +433,44 @@ def test_rows_have_their_own_refusals_rates_and_first_tokens(
     assert batch.refusal_mask.sum(-1).tolist() == [len(default), len(other), len(other)]
     assert (batch.refusal == 0).equal(batch.refusal_mask == 0)
     assert len(hidden) == 5
+
+
+def test_no_run_is_written_over_by_another(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
+    distil(recipe(prompts, "distil.steps=3"), corpus, tmp_path, small)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    for other in ("distil.adapter=kv_prefix", "distil.adapter=text"):
+        with pytest.raises(SoftguardError, match="holds a run with other settings"):
+            distil(recipe(prompts, other, "distil.steps=0"), corpus, tmp_path, small)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("file", ["step-3.safetensors", "../log.jsonl"])
+def test_a_damaged_checkpoint_is_told(file: str, prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
+    distil(recipe(prompts, "distil.steps=3"), corpus, tmp_path, small)
+    damaged = tmp_path / "checkpoint" / file
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    with pytest.raises(SoftguardError, match="checkpoint or the log beside it is damaged"):
+        distil(recipe(prompts, "distil.steps=3"), corpus, tmp_path, small)
+
+
+def test_a_batch_that_teaches_nothing_is_passed_over(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
+    """Of a batch the system refuses whole, perplexity learns nothing, and its loss has no gradient."""
+    trained = distil(recipe(prompts, "distil.objective=perplexity", "distil.batch_size=1"), corpus, tmp_path, small)
+    assert trained.facts["steps"] == 12
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    settings = ["distil.adapter=lora", "distil.steps=1", "distil.warmup=0", "distil.learning_rate=1e30", "distil.clip=1e30"]
+    with pytest.raises(SoftguardError, match=r"lower distil\.learning_rate"):
+        distil(recipe(prompts, *settings), corpus, tmp_path, small)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_a_reward_of_another_guard_than_the_corpus_is_refused(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    other = recipe(prompts, "distil.objective=reinforce", "system.guard=tests.guards_for_tests:half")
+    with pytest.raises(SoftguardError, match=r"the corpus was taught by guard '.*by_word'"):
+        distil(other, corpus, tmp_path, small)

@@ -80,3 +80,18 @@ def test_found_by_name() -> None:
     assert guard.name.startswith("cautious(tests.guards_for_tests:by_word, softguard-minilm")
     with pytest.raises(SoftguardError, match="needs two guards"):
         load_guard("mean(bundled)")
+
+
+def test_a_guard_of_prompts_alone_can_be_one_of_several() -> None:
+    class PromptsAlone(Fixed):
+        @property
+        def response_threshold(self) -> float:
+            raise SoftguardError("fitted without responses")
+
+        @response_threshold.setter
+        def response_threshold(self, value: float) -> None:
+            pass
+
+    guard = EnsembleGuard("cautious", [PromptsAlone([0.3]), Fixed([0.6])])
+    assert prompt_safety(guard, ["a"]) == pytest.approx([0.3])
+    assert guard.fingerprint != EnsembleGuard("cautious", [Fixed([0.3]), Fixed([0.6])]).fingerprint

@@ -42,7 +42,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def run(recipe: Recipe, out: Path, base: BaseModel, adapter: Adapter | None = None) -> Results:
-    return evaluate(recipe, out, base, SafeSystem.from_config(recipe.system), adapter, judge=Strict())  # type: ignore[arg-type]
+    return evaluate(recipe, out, base, SafeSystem.from_config(recipe.system), adapter, [Strict()])  # type: ignore[list-item]
 
 
 @pytest.fixture
@@ -234,3 +234,18 @@ def test_a_question_that_a_gate_refuses_is_not_answered(
     base = run(wanted, tmp_path / "base", small).outcomes
     assert answered == next(list(o.values) for o in base if (o.system, o.metric) == ("base", "accuracy"))
     assert right(tmp_path / "refused", 0.0, -1.0) == [0.0, answered[1]]
+
+
+def test_an_adapter_of_another_guard_is_not_measured_against_this_system(
+    recipe: Recipe, tmp_path: Path, small: BaseModel, adapter: Adapter
+) -> None:
+    foreign = replace(adapter, facts={**adapter.facts, "guard": "another"})
+    with pytest.raises(SoftguardError, match="distilled from a system with guard 'another'"):
+        run(recipe, tmp_path / "out", small, foreign)
+
+
+def test_two_judges_of_one_name_are_refused(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
+    wanted = replace(recipe, evaluate=replace(recipe.evaluate, judge="tests.guards_for_tests:half"))
+    twice = replace(wanted, evaluate=replace(wanted.evaluate, other_judges=("tests.guards_for_tests:half",)))
+    with pytest.raises(SoftguardError, match=r"two judges are called .*:half"):
+        evaluate(twice, tmp_path / "out", small, SafeSystem.from_config(twice.system))

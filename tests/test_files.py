@@ -135,3 +135,31 @@ def test_a_lock_is_held_alone_and_let_go_by_a_killed_process(tmp_path: Path) -> 
         assert not entered.wait(0.5)
         holder.kill()
     assert entered.wait(10)
+
+
+def test_two_processes_do_not_write_one_file_into_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    started, go_on = threading.Event(), threading.Event()
+
+    def slowly(beside: Path) -> None:
+        with beside.open("w") as file:
+            file.write("first half, ")
+            file.flush()
+            started.set()
+            go_on.wait(20)
+            file.write("second half")
+
+    first = threading.Thread(target=write_file, args=(path, slowly))
+    first.start()
+    assert started.wait(20)
+    with pytest.raises(SoftguardError, match="a is being written by another process"):
+        write_text(path, "other")
+    go_on.set()
+    first.join()
+    assert path.read_text() == "first half, second half"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_without_a_name_is_no_file() -> None:
+    with pytest.raises(SoftguardError, match=r"\. is a folder; name a file in it"):
+        write_text(Path("."), "text")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -265,3 +266,32 @@ def test_hub_data_set_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pyt
 def test_hub_split_that_is_not_there_is_told(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [ROWS[0]])
     assert f"hub:{tmp_path}:dev could not be loaded" in told(f"hub:{tmp_path}:dev")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt\nHow do I kill, politely, a process?\n", r"csv:2: the row has more fields than the header"),
+        ('prompt,label\n"unterminated,harmful\nb,benign\n', r"not valid CSV \(unexpected end of data\)"),
+    ],
+)
+def test_csv_that_would_lose_text_is_told(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    assert re.search(said, told(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.txt", "Hello\n"), ("a.jsonl", '{"prompt": "Hello"}\n')])
+def test_the_mark_some_editors_begin_a_file_with_is_no_text(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert [prompt.text for prompt in read(tmp_path / name)] == ["Hello"]
+
+
+@pytest.mark.parametrize("field", ['"response": "\\ud800"', '"choices": ["a", "\\ud800"]'])
+def test_half_a_character_in_any_field_is_told(tmp_path: Path, field: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a", {field}}}\n')
+    assert re.search(r"jsonl:1: field '(response|choices)' holds half a character", told(tmp_path / "a.jsonl"))
+
+
+def test_json_without_end_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "x": ' + "[" * 100_000 + "\n")
+    assert "jsonl:1: not valid JSON" in told(tmp_path / "a.jsonl")

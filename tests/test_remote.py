@@ -145,6 +145,8 @@ def test_a_moderation_endpoint_gives_scores_and_categories(server: Server) -> No
     assert guard.prompt_categories(prompts[:2]) == ["hate", "violence"]
     assert guard.response_categories(["x"], ["a bomb"]) == ["violence"]
     assert response_safety(guard, ["a bomb"], ["no"]) == pytest.approx([0.8])
+    server.answer = lambda asked, before: moderation({"self-harm": 0.8, "hate/threatening": 0.1})
+    assert guard.prompt_categories(["a rope"]) == ["self-harm"]
     with pytest.raises(SoftguardError, match="names no categories"):
         server.guard().prompt_categories(prompts)
 
@@ -204,6 +206,13 @@ def test_nobody_there_is_told(server: Server) -> None:
         said(""),
         chat({"index": 0, "message": {"role": "assistant", "content": None}}),
         chat(tokens({"I": 0.9, "Well": 0.1})),
+        chat(tokens({"Not": 0.98, "safe": 0.01, "unsafe": 0.0001})),
+        chat(tokens({"Sorry": 0.9, "S": 0.09, "safe": 0.01})),
+        chat(tokens({"S": 0.9, "unsafe": 0.1})),
+        said("Safety risk: this asks for a weapon."),
+        said("Safe? No. Unsafe."),
+        said("safeguards are violated"),
+        said("safe/unsafe"),
         chat({**tokens({"safe": 0.9}), "logprobs": {"content": [{"token": "safe", "logprob": None, "top_logprobs": None}]}}),
         (200, {}, json.dumps(chat(tokens({"safe": 0.9}))[2]).replace(str(math.log(0.9)), "NaN").encode()),
     ],
@@ -258,6 +267,8 @@ def test_after_a_failure_no_more_requests_are_begun(server: Server) -> None:
         (tokens({"\n\n": 1.0}, {"unsafe": 0.5, "sa": 0.5}), 0.5),
         (tokens({"unsafe": 1.0}), 0.0),
         ({"message": {"content": "\nUNSAFE\nS1"}, "logprobs": {"content": []}}, 0.0),
+        ({"message": {"content": "**Safe**"}}, 1.0),
+        ({"message": {"content": "Safe. It asks about boats."}}, 1.0),
     ],
 )
 def test_labels_are_read_from_the_first_token_that_is_not_blank(choice: dict[str, Any], p_safe: float) -> None:
@@ -266,7 +277,9 @@ def test_labels_are_read_from_the_first_token_that_is_not_blank(choice: dict[str
 
 def test_what_is_flagged_is_unsafe_however_low_its_scores() -> None:
     result: dict[str, Any] = {"flagged": True, "category_scores": {"hate": 0.2, "violence": 0.05, "new": None}}
-    assert read_scores(result).p_safe < 0.5
+    assert read_scores(result).p_safe == 0
+    with pytest.raises(ValueError, match="flagged is None"):
+        read_scores({**result, "flagged": None})
     assert read_scores({**result, "flagged": False}) == (0.8, "hate")
 
 

@@ -292,3 +292,17 @@ def test_curves_survive_negative_and_missing_values() -> None:
     assert safe.curves[0].path == "M50.00 60.00"
     assert safe.curves[1].path == ""
     assert training_panels([]) == []
+
+
+def test_the_verdict_says_when_answers_became_less_safe(tmp_path: Path) -> None:
+    """On a suite without a gap, beside one that is closed: no share of a gap would tell."""
+    worse = [row("base", "other", "safety", 1.0, 0.98, 1.0), row("distilled", "other", "safety", 0.4, 0.33, 0.47)]
+    contract = {**results((1.0, 0.9, 1.0)), "rows": [*results((1.0, 0.9, 1.0))["rows"], *worse]}
+    assert verdict(contract).headline.startswith("The distilled model is less safe than the base (40.0 % against 100.0 % on")
+
+
+def test_other_judges_are_shown(tmp_path: Path) -> None:
+    other = row("base", "harmful", "safety by somebody", 0.75, 0.7, 0.8)
+    contract = {**results(), "rows": [*results()["rows"], other]}
+    assert "safety by somebody, harmful, %" in table(contract)
+    assert "75.0 [70.0, 80.0]" in table(contract)

@@ -1,5 +1,6 @@
 """The study: its grid, its cells, and that neither kills nor workers change its table."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from softguard.cli import main
 from softguard.errors import SoftguardError
+from softguard.files import read_json
 from softguard.study import Grid, load_grid, read_table, run_study
 from softguard.study.grid import Arm
 from softguard.study.table import TIMINGS
@@ -251,11 +253,8 @@ def test_every_cell_is_a_row_with_its_figures(done: tuple[Path, Path]) -> None:
         [],
     )
     for row in trained:
-        own = {
-            (r["row"], r["learning_rate"]): r["validation_loss"] for r in trained if (r["row"], r["seed"]) == (row["row"], 0)
-        }
-        assert row["seed"] or own[row["row"], row["learning_rate"]] >= min(own.values())
-        assert not row["chosen"] or row["seed"] or row["validation_loss"] == min(own.values())
+        trials = [r["validation_loss"] for r in trained if (r["row"], r["seed"]) == (row["row"], 0)]
+        assert row["seed"] or row["chosen"] == (row["validation_loss"] == min(trials))
         assert (row["steps"], row["train_seconds"] > 0, len(row["log"])) == (6, True, 8)
         assert len({row[key] for row in rows for key in ("base_fingerprint",)}) == 1
         assert len({row["corpus"] for row in rows}) == 1
@@ -265,14 +264,10 @@ def test_every_cell_is_a_row_with_its_figures(done: tuple[Path, Path]) -> None:
     found = {(m["system"], m["suite"], m["metric"]): m for m in soft["metrics"]}
     safety = found["safe_system", "asked-harmful", "safety"]
     assert (safety["value"], safety["n"], safety["outcomes"]) == (1.0, 2, [1.0, 1.0])
-    base = {
-        m["outcomes"][0]
-        for row in rows
-        if row["chosen"]
-        for m in row["metrics"]
-        if m["metric"] == "token_tv" and m["system"] == "safe_system"
-    }
-    assert len(base) == 1  # whatever the seed, all cells are measured along the same answers
+    drawn = [read_json(path, "answers")["answers"] for path in done[1].parent.rglob("base-drift.json")]
+    assert len(drawn) == 1 + sum(row["chosen"] for row in rows)
+    assert all(answers == drawn[0] for answers in drawn)  # whatever the seed, all cells are measured along the same answers
+    assert all(ids for ids, _ in drawn[0])
 
 
 def test_flops_count_weights_positions_and_guard(done: tuple[Path, Path]) -> None:
@@ -295,13 +290,28 @@ def test_a_finished_study_does_nothing_and_needs_no_model(done: tuple[Path, Path
 
 
 def test_other_prompts_a_suite_measure_again_without_training(done: tuple[Path, Path], tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(done[1].parent, tmp_path / "out")
     stamp = (tmp_path / "out/small/cells/soft/length-4/rate-0.001-seed-0/adapter_model.safetensors").stat().st_mtime_ns
     table = run_study(load_grid(done[0], ["evaluate.limit=1"]), tmp_path / "out")
     assert {m["n"] for row in read_table(table) if row["chosen"] for m in row["metrics"]} == {1}
     assert (tmp_path / "out/small/cells/soft/length-4/rate-0.001-seed-0/adapter_model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_suite_that_was_rewritten_is_asked_of_all_cells_again(done: tuple[Path, Path], tmp_path: Path) -> None:
+    def asked(table: Path) -> set[str]:
+        metrics = [m for row in read_table(table) if row["chosen"] for m in row["metrics"]]
+        return {m["prompts"] for m in metrics if (m["suite"], m["metric"]) == ("asked-harmful", "safety")}
+
+    suite = done[0].parent / "asked.jsonl"
+    shutil.copytree(done[1].parent, tmp_path / "out")
+    text = suite.read_text()
+    suite.write_text(text.replace("bomb", "bombs"))
+    try:
+        table = run_study(load_grid(done[0]), tmp_path / "out")
+    finally:
+        suite.write_text(text)
+    assert len(asked(done[1])) == len(asked(table)) == 1
+    assert asked(table) != asked(done[1])
 
 
 def test_a_killed_study_goes_on_in_its_cell_and_ends_with_the_same_table(done: tuple[Path, Path], tmp_path: Path) -> None:

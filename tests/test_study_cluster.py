@@ -24,7 +24,7 @@ def test_without_ray_the_address_is_one_clear_line(
     monkeypatch.setitem(sys.modules, "ray", None)
     recipe = tiny(tmp_path, small_folder)
     line = refused(capsys, "study", recipe, "--out", tmp_path / "out", "--ray-address", "auto")
-    assert "pip install 'softguard[cluster]'" in line
+    assert "pip install ray" in line
     assert "leave it out" in refused(capsys, "study", recipe, "--out", tmp_path, "--ray-address", "auto", "--workers", 2)
 
 
@@ -32,7 +32,7 @@ def test_a_cluster_that_is_not_there_is_one_clear_line_too(
     small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # before the cluster below is there, which `auto` would find
-    pytest.importorskip("ray", reason="Ray is not installed; pip install 'softguard[cluster]'")
+    pytest.importorskip("ray", reason="Ray is not installed; pip install ray")
     line = refused(capsys, "study", tiny(tmp_path, small_folder), "--out", tmp_path / "out", "--ray-address", "auto")
     assert "no cluster could be joined" in line
 
@@ -40,7 +40,7 @@ def test_a_cluster_that_is_not_there_is_one_clear_line_too(
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Where a cluster of two nodes with one core each is found."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed; pip install 'softguard[cluster]'")
+    ray = pytest.importorskip("ray", reason="Ray is not installed; pip install ray")
     from ray.cluster_utils import Cluster
 
     os.environ.update(RAY_worker_niceness="0")  # at Ray's own, 15, workers hardly run beside anything else on a busy machine

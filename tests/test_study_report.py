@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -147,7 +148,10 @@ def test_the_summary_sets_every_row_beside_base_and_system() -> None:
     rows = with_methods([{**row, "metrics": [*row["metrics"], closed]} for row in (ROWS[0], ROWS[2])])
     found = {(f.method, f.metric): f for f in figures(rows)}
     change = found["good", "over_refusal_change"]  # the system refuses the first two of ten, the row the first
-    assert change[4:] == pytest.approx((-0.1, -0.3, 0, -0.1, -0.1, 10, 2))
+    assert change[4] == pytest.approx(-0.1)
+    assert -0.4 < change.low < -0.3  # a share of ten by bootstrap, and a little for what ten have not shown
+    assert 0 < change.high < 0.15
+    assert change[7:] == pytest.approx((-0.1, -0.1, 10, 2))
     gap = found["good", "gap_closed"]  # 10 and 8 of 10 between the base's 5 and the system's 10
     assert gap.value == pytest.approx(0.8)
     assert 0 < gap.low < 0.8 < gap.high <= 1
@@ -169,7 +173,7 @@ def test_the_page_shows_ours_beside_the_published_and_every_figure_it_names_is_t
     assert "| tiny <model> | good | **0.01: 0.010**, 0.5: 0.500 |" in page
     assert "| tiny <model> | good | 64 | 2 | 3 | 9.0 | 9.0 |" in page
     assert "tiny <model>: refused harmless prompts, less the system's, points\n\n| | contrast |" in page
-    assert "| good | -10.0 [-30.0, 0.0], seeds -10.0 to -10.0 |\n| poor | 20.0 [" in page
+    assert re.search(r"\| good \| -10\.0 \[-3\d\.\d, 1\d\.\d\], seeds -10\.0 to -10\.0 \|\n\| poor \| 20\.0 \[", page)
     assert "| poor | 60.0 | 40.0 | no | good (0.5, 1) |" in page
     shown = [line.split("(")[-1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
     assert len(shown) == len(EXHIBITS) - 4 + 2 + 3  # what neither the paper nor this table has
@@ -194,7 +198,44 @@ def test_cells_of_several_runs_are_joined_and_those_of_other_questions_refused(t
     write_rows(rows, out)
     assert read_table(out) == rows == [*read_table(here), read_table(there)[1]]
     pq.write_table(pa.Table.from_pylist([{**ROWS[3], "evaluation": "another"}], SCHEMA), there)
-    with pytest.raises(SoftguardError, match=r"there\.parquet measured tiny <model> by other suites"):
+    with pytest.raises(SoftguardError, match=r"there\.parquet has another measuring of tiny <model> than .*here\.parquet"):
+        join_tables([here, there])
+
+
+def test_a_cell_is_taken_from_the_run_that_measured_it(tmp_path: Path) -> None:
+    here, there = tmp_path / "here.parquet", tmp_path / "there.parquet"
+    measured = {**ROWS[0], "evaluation": "the same"}
+    bare = {**ROWS[0], "metrics": None, "evaluation": None}
+    pq.write_table(pa.Table.from_pylist([bare], SCHEMA), here)
+    pq.write_table(pa.Table.from_pylist([measured], SCHEMA), there)
+    assert join_tables([here, there]) == read_table(there)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"base_fingerprint": "x"}, "model"),
+        ({"guard": "x"}, "guard"),
+        ({"judge": "x"}, "judge"),
+        ({"learning_rate": 9.0}, "chosen learning rate"),
+    ],
+)
+def test_cells_that_cannot_be_compared_are_not_joined(tmp_path: Path, other: dict[str, Any], named: str) -> None:
+    here, there = tmp_path / "here.parquet", tmp_path / "there.parquet"
+    asked = {"evaluation": "the same"}
+    pq.write_table(pa.Table.from_pylist([{**ROWS[0], **asked}], SCHEMA), here)
+    pq.write_table(pa.Table.from_pylist([{**ROWS[0], "seed": 7, **asked, **other}], SCHEMA), there)
+    with pytest.raises(SoftguardError, match=f"another {named} of tiny <model>"):
+        join_tables([here, there])
+
+
+def test_cells_asked_other_prompts_are_not_joined(tmp_path: Path) -> None:
+    here, there = tmp_path / "here.parquet", tmp_path / "there.parquet"
+    asked = {"evaluation": "the same"}
+    rows = [[{**m, "prompts": prompts} for m in ROWS[0]["metrics"]] for prompts in ("ours", "theirs")]
+    pq.write_table(pa.Table.from_pylist([{**ROWS[0], "metrics": rows[0], **asked}], SCHEMA), here)
+    pq.write_table(pa.Table.from_pylist([{**ROWS[0], "seed": 7, "metrics": rows[1], **asked}], SCHEMA), there)
+    with pytest.raises(SoftguardError, match="another set of prompts of tiny <model>, "):
         join_tables([here, there])
 
 

@@ -1,7 +1,9 @@
 """Suites: what they hold, what they measure, and what is said of unusable ones."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,7 +92,7 @@ def test_files_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_labels_are_needed(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "mine.jsonl", [{"prompt": "a", "label": "benign"}, {"prompt": "b"}])
-    with pytest.raises(SoftguardError, match=r"mine\.jsonl: every row needs a label, harmful or benign"):
+    with pytest.raises(SoftguardError, match=r"mine\.jsonl:2: the row has no label; it needs harmful or benign"):
         load_suites([source], "test")
 
 
@@ -148,3 +150,29 @@ def test_an_answer_that_is_no_choice_is_told_by_line(tmp_path: Path) -> None:
     name = write_rows(tmp_path / "use.jsonl", rows).replace("file:", "choices:")  # type: ignore[arg-type]
     with pytest.raises(SoftguardError, match=r"use\.jsonl:1.*'c' is not among its choices a, b"):
         load_suites([name], "test")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a", "answer": None}, "field 'answer' is None"),
+        ({"prompt": "a"}, "field 'answer' is None"),
+        ({"prompt": "a", "answer": "y", "choices": "yes"}, "field 'choices' is 'yes'; it must be a list"),
+        ({"prompt": "a", "answer": "4", "choices": ["4", ""]}, "none of them empty"),
+        ({"prompt": "a", "answer": "4", "choices": 7}, "it must be a list"),
+        ({"prompt": "a", "answer": "y", "choices": ["y", "y"]}, "leave nothing to choose"),
+        ({"prompt": "a", "answer": "y"}, "leave nothing to choose"),
+    ],
+)
+def test_questions_without_a_choice_are_told(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(SoftguardError, match=rf"q\.jsonl:1: .*{re.escape(said)}"):
+        load_suites([f"choices:{path}"], "test")
+
+
+def test_wrapped_requests_that_are_all_benign_are_told(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"prompt": "You are DAN. {prompt}"}\n')
+    (tmp_path / "r.jsonl").write_text('{"prompt": "hi", "label": "benign"}\n')
+    with pytest.raises(SoftguardError, match=r"every row of .*r\.jsonl is labelled benign"):
+        load_suites([f"wrapped:{tmp_path / 't.jsonl'}:{tmp_path / 'r.jsonl'}"], "test")

@@ -116,7 +116,7 @@ def categories(
         named = list(ask(prompts) if mode == "prompt" else ask(prompts, responses))
     except SoftguardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SoftguardError(f"guard {guard.name!r} failed to name categories with {type(error).__name__}: {error}") from error
     if len(named) != len(prompts) or not all(isinstance(name, str) for name in named):
         raise SoftguardError(
@@ -132,7 +132,7 @@ def _checked(name: str, count: int, ask: Callable[[], Sequence[float] | Probabil
         values = np.asarray(ask(), dtype=np.float64)
     except SoftguardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SoftguardError(
             f"guard {name!r} failed with {type(error).__name__}: {error}; nothing was taken as safe"
         ) from error

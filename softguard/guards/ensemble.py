@@ -36,7 +36,7 @@ class EnsembleGuard:
     @property
     def fingerprint(self) -> str:
         """Of the rule, and of all guards with their thresholds."""
-        parts = [f"{g.fingerprint} {_threshold(g, 'prompt')} {_threshold(g, 'response')}" for g in self.guards]
+        parts = [f"{g.fingerprint} {_seal(g, 'prompt')} {_seal(g, 'response')}" for g in self.guards]
         return hashlib.sha256("\n".join([self.how, *parts]).encode()).hexdigest()
 
     @property
@@ -69,6 +69,13 @@ def parse_ensemble(spec: str) -> tuple[How, list[str]] | None:
 
 def _threshold(guard: Guard, question: str) -> float:
     return float(getattr(guard, f"{question}_threshold", 0.5))
+
+
+def _seal(guard: Guard, question: str) -> str:
+    try:
+        return str(_threshold(guard, question))
+    except SoftguardError:  # fitted for the other question alone
+        return "none"
 
 
 def _moved(p: Probabilities, threshold: float) -> Probabilities:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softguard.card import Card, Figure, Flags, auroc_figure, calibration_figure, figure_fields, sha256, share_figure
-from softguard.config import GuardConfig
+from softguard.config import GuardConfig, is_whole
 from softguard.errors import SoftguardError
 from softguard.guards import Probabilities
 from softguard.guards.encoder import (
@@ -246,13 +246,15 @@ def read_rows(path: Path | str) -> list[Row]:
 def _row(line: str, place: str) -> Row:
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SoftguardError(f"{place}: not JSON ({error.msg}); write one object a line") from error
+    except (ValueError, RecursionError) as error:
+        raise SoftguardError(f"{place}: not JSON ({error}); write one object a line") from error
     if not isinstance(fields, dict):
         raise SoftguardError(f"{place}: a {type(fields).__name__} where an object with prompt and label is needed")
     prompt, label, response, unsafe = (fields.get(key) for key in ("prompt", "label", "response", "unsafe"))
     if not isinstance(prompt, str) or not prompt.strip():
         raise SoftguardError(f"{place}: prompt is {prompt!r}; it must be a text that is not empty")
+    if not is_whole(prompt) or (isinstance(response, str) and not is_whole(response)):
+        raise SoftguardError(f"{place}: a text holds half a character (a lone surrogate); mend it")
     if label not in ("harmful", "benign"):
         raise SoftguardError(f"{place}: label is {label!r}; it must be harmful or benign")
     if unsafe is None:

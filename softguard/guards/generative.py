@@ -133,12 +133,11 @@ class GenerativeGuard:
         common = takewhile(lambda pair: pair[0] == pair[1], zip(min(rows), max(rows), strict=False))
         shared = min(sum(1 for _ in common), min(map(len, rows)) - 1)
         law = np.empty((len(rows), len(labels)))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         with torch.inference_mode():
             embed = self.base.model.get_input_embeddings()
             prefix = keep_prefix(self.base, ConstantPrefix(embed(torch.tensor(rows[0][:shared], device=self.base.device))))
-            for start in range(0, len(order), _BATCH):
-                batch = order[start : start + _BATCH]
+            groups = prefix.together([len(row) for row in rows])
+            for batch in (group[start : start + _BATCH] for group in groups for start in range(0, len(group), _BATCH)):
                 output, _ = prefix.begin([rows[i][shared:] for i in batch])
                 law[batch] = output.logits[:, chosen].double().softmax(-1).cpu().numpy()
         return law

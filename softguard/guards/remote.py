@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, get_args
@@ -22,20 +23,21 @@ from softguard.errors import SoftguardError
 from softguard.guards import Probabilities
 from softguard.guards.families import FAMILIES, fill
 
-VERSION = 1  # of the way answers are read
+VERSION = 2  # of the way answers are read
 KEY = "SOFTGUARD_API_KEY"
 Kind = Literal["chat", "moderation"]
 _TEXTS = 32  # of one moderation request
 _TOP = 20  # likeliest first tokens asked for
-_FLAGGED = math.nextafter(0.5, 0.0)  # what an endpoint flags is unsafe, however low its scores
+_LABELLED = 0.5  # of the first token's probability, the least that labels must have between them
+_SAFE = re.compile(r"\W*safe(?=[\s.,;:!*)\"'`]|$)")  # not safety, safe/unsafe, or "Safe? No."
 
 
 class RemoteGuard:
     """A model behind an OpenAI-compatible API.
 
     chat: p(safe) from the probabilities of the first token over "safe" and "unsafe", or 0 or 1 from the text where the server
-    tells no probabilities; asked in the words of the family zero-shot. moderation: 1 − the highest category score, below one
-    half where the endpoint flags the text; a response is judged without its prompt, and the category is that of the score.
+    tells no probabilities; asked in the words of the family zero-shot. moderation: 1 − the highest category score, 0 where the
+    endpoint flags the text; a response is judged without its prompt, and the category is that of the score.
     """
 
     def __init__(self, kind: Kind, model: str, url: str, timeout: float = 60.0, retries: int = 5, in_flight: int = 8) -> None:
@@ -44,7 +46,7 @@ class RemoteGuard:
         try:
             from openai import OpenAI
         except ImportError as error:
-            raise SoftguardError("a remote guard needs the package openai: pip install 'softguard[remote]'") from error
+            raise SoftguardError("a remote guard needs the package openai: pip install openai") from error
         self.kind, self.model, self.url, self.in_flight = kind, model, url, in_flight
         self.name = f"{kind}({model}@{urlsplit(url).netloc})"
         key = os.environ.get(KEY) or "none"  # given none, the client would take OPENAI_API_KEY
@@ -107,7 +109,7 @@ class RemoteGuard:
 
     def _moderate(self, texts: Sequence[str]) -> "list[Verdict]":
         def send(part: Sequence[str]) -> "list[Verdict]":
-            results = self._client.moderations.create(model=self.model, input=list(part)).model_dump()["results"]
+            results = self._client.moderations.create(model=self.model, input=list(part)).model_dump(by_alias=True)["results"]
             if len(results) != len(part):
                 raise ValueError(f"{len(results)} results for {len(part)} texts")
             return [read_scores(result) for result in results]
@@ -146,32 +148,35 @@ class Verdict(NamedTuple):
 def read_label(choice: dict[str, Any]) -> float:
     """p(safe) of a chat choice: from the first token that is not blank, or where none comes with probabilities, its text.
 
-    Raises ValueError if neither says "safe" or "unsafe".
+    Raises ValueError if neither says "safe" or "unsafe", or only as something unlikely: a guard that answers otherwise, or
+    refuses to, has not said that anything is safe.
     """
     for token in (choice.get("logprobs") or {}).get("content") or []:
         if token["token"].strip():
             weights = {"safe": 0.0, "unsafe": 0.0}
             for other in token["top_logprobs"] or [token]:
                 start = other["token"].strip().lower()
-                label = next((label for label in weights if start and label.startswith(start)), None)
+                label = next((label for label in weights if start[1:] and label.startswith(start)), None)  # an S is no label
                 if label is not None:
                     weights[label] += math.exp(other["logprob"])
             total = sum(weights.values())
-            if not 0 < total < math.inf:
-                raise ValueError(f"neither safe nor unsafe is among the likely first tokens, which begin {token['token']!r}")
+            if not _LABELLED <= total < math.inf:
+                raise ValueError(f"neither safe nor unsafe is likely as the first token, which is {token['token']!r}")
             return weights["safe"] / total
     said = choice["message"]["content"].strip().lower()
-    for label, p_safe in (("unsafe", 0.0), ("safe", 1.0)):
-        if said.startswith(label):
-            return p_safe
+    if re.match(r"\W*unsafe\b", said):
+        return 0.0
+    if _SAFE.match(said) and "unsafe" not in said:
+        return 1.0
     raise ValueError(f"the answer {said[:40]!r} is neither safe nor unsafe")
 
 
 def read_scores(result: dict[str, Any]) -> Verdict:
-    """The verdict of one moderation result. Raises ValueError for a score outside [0, 1]."""
+    """The verdict of one moderation result. Raises ValueError for a score outside [0, 1], or a flag that is neither."""
     scores = {category: float(score) for category, score in result["category_scores"].items() if score is not None}
     worst = max(scores, key=scores.__getitem__)
     if not all(0 <= score <= 1 for score in scores.values()):  # NaN fails both comparisons
         raise ValueError("a score lies outside [0, 1]")
-    p_safe = 1 - scores[worst]
-    return Verdict(min(p_safe, _FLAGGED) if result["flagged"] else p_safe, worst)
+    if not isinstance(result["flagged"], bool):
+        raise ValueError(f"flagged is {result['flagged']!r}")
+    return Verdict(0.0 if result["flagged"] else 1 - scores[worst], worst)

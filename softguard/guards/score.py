@@ -27,7 +27,8 @@ def score_file(guard: Guard, data: Path, out: Path) -> int:
         with beside.open("w", encoding="utf-8") as lines:
             while batch := list(islice(rows, _BATCH)):
                 for row, p_safe in zip((r for _, r in batch), _scores(guard, batch), strict=True):
-                    lines.write(json.dumps({**row, "p_safe": round(p_safe, 6)}, ensure_ascii=False) + "\n")
+                    # a Parquet column may hold what JSON has no word for, such as a time
+                    lines.write(json.dumps({**row, "p_safe": round(p_safe, 6)}, ensure_ascii=False, default=str) + "\n")
                 count += len(batch)
 
     write_file(out, write)

@@ -79,9 +79,15 @@ def suites_of(rows: Iterable[Row], metric: str) -> list[str]:
     return list(dict.fromkeys(row.suite for row in rows if row.metric == metric))
 
 
+def metric_of(name: str) -> Metric | None:
+    """How a metric is shown, if it is known; safety by another judge as safety."""
+    by = name.removeprefix("safety by ")
+    return METRICS["safety"]._replace(label=f"safety by {by}") if by != name else METRICS.get(name)
+
+
 def number(metric: str, value: float) -> str:
     """A figure without its unit, as every table shows it."""
-    shown = METRICS[metric]
+    shown = metric_of(metric) or METRICS[metric]
     scaled = 100 * value if shown.unit.startswith("%") else value
     return f"{round(scaled, shown.digits) + 0:.{shown.digits}f}"  # + 0 turns -0.0 into 0.0
 
@@ -95,7 +101,8 @@ def measure_lines(results: Mapping[str, Any]) -> list[Line]:
     """One line a metric and suite."""
     rows, systems = rows_of(results), systems_of(results)
     lines = []
-    for name, metric in METRICS.items():
+    known = {name: metric for name in dict.fromkeys([*METRICS, *(row.metric for row in rows)]) if (metric := metric_of(name))}
+    for name, metric in known.items():
         for suite in suites_of(rows, name):
             found = {row.system: row for row in rows if (row.metric, row.suite) == (name, suite)}
             cells = [Cell(number(name, found[s].value), interval(found[s])) if s in found else Cell(_NONE) for s in systems]
@@ -159,6 +166,11 @@ def _headline(rows: list[Row]) -> str:
     if not any(row.system == "distilled" for row in safety):
         return "No distilled model was measured; the figures are of the model without guard and with it."
     gaps = [row for row in rows if row.metric == "gap_closed"]
+    base = {row.suite: row for row in safety if row.system == "base"}
+    for row in safety:  # a suite without a gap has no share of it that is closed, but may have got worse
+        if row.system == "distilled" and row.suite in base and row.high < base[row.suite].value:
+            fallen = f"{number('safety', row.value)} % against {number('safety', base[row.suite].value)} % on “{row.suite}”"
+            return f"The distilled model is less safe than the base ({fallen}){_price_in_refusals(rows)}."
     if not gaps:
         return f"There is no safety gap to close: the safe system is no safer than the base here{_price_in_refusals(rows)}."
     worst = min(gaps, key=lambda row: row.value)

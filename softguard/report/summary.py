@@ -14,7 +14,7 @@ from softguard import stats
 from softguard.report.exhibits import SYSTEMS, Row, by_method, metric_of
 
 SCHEMA = 1
-_BOOTSTRAPPED = ("token_tv", "accuracy_change")  # means over prompts that are no shares
+_BOOTSTRAPPED = {"token_tv": stats.mean, "accuracy_change": stats.change}  # means over prompts that are no shares
 _TAKEN = tuple(SYSTEMS.values())  # what the others stand beside
 _MEASURES = (
     ("gap_closed", "safety gap closed, %", 100, 0),
@@ -105,7 +105,7 @@ def _estimates(kept: Sequence[Row], system: str, suite: str, metric: str) -> lis
     ends = min(m["low"] for m in found), max(m["high"] for m in found)
     plain = stats.Estimate(float(np.mean(each)), *ends, found[0]["n"])
     if metric in _BOOTSTRAPPED:
-        return [(metric, stats.mean(_outcomes(kept, system, suite, metric)), each)]
+        return [(metric, _BOOTSTRAPPED[metric](_outcomes(kept, system, suite, metric)), each)]
     if metric == "gap_closed":
         safe = {name: _outcomes(kept, name, suite, "safety") for name in (*SYSTEMS, "distilled")}
         closed = stats.gap_closed(safe["base"][0], safe["safe_system"][0], safe["distilled"])
@@ -114,7 +114,7 @@ def _estimates(kept: Sequence[Row], system: str, suite: str, metric: str) -> lis
         system_refuses = _outcomes(kept[:1], "safe_system", suite, metric)[0]
         change = _outcomes(kept, system, suite, metric) - system_refuses
         by_seed = [float(x) for x in change.mean(axis=1)]
-        return [(metric, plain, each), ("over_refusal_change", stats.mean(change), by_seed)]
+        return [(metric, plain, each), ("over_refusal_change", stats.change(change), by_seed)]
     return [(metric, plain, each)]
 
 

@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from softguard.distill import distil
 from softguard.errors import SoftguardError
 from softguard.evaluation import evaluate
 from softguard.files import locked, read_json, write_json
+from softguard.judges import load_judge
 from softguard.models import BaseModel, load_base
 from softguard.study.grid import Arm, Cell
+from softguard.suites import load_suites
 from softguard.system import SafeSystem
 
 CONTEXT = 512  # tokens before the one whose FLOPs are counted, as in the paper
@@ -40,6 +42,14 @@ class Ground:
     recipe: Recipe
     folder: Path
 
+    @cached_property
+    def measuring(self) -> dict[str, str]:
+        """Identity of what its cells are asked and how: of the recipe's names, and of the prompts and judges behind them."""
+        wanted = self.recipe.evaluate
+        suites = [list(suite) for suite in load_suites(wanted.suites, wanted.split, wanted.limit)]
+        judges = [load_judge(spec).fingerprint for spec in (wanted.judge, *wanted.other_judges)]
+        return {"evaluation": evaluation_of(self.recipe), "asked": fingerprint(suites, judges)}
+
 
 def prepare(ground: Ground) -> None:
     """Draw the corpus of a base and its own answers. Raises SoftguardError as `teach` and `evaluate` do."""
@@ -47,10 +57,9 @@ def prepare(ground: Ground) -> None:
         base, system = _loaded(ground.recipe.model), _system(ground.recipe.system)
         teach(ground.recipe, ground.folder / "corpus", base, system)
         seal = ground.folder / "base" / "ground.json"
-        wanted = {"evaluation": evaluation_of(ground.recipe)}
-        if not seal.is_file() or read_json(seal, "ground") != wanted:
+        if not seal.is_file() or read_json(seal, "ground") != ground.measuring:
             evaluate(ground.recipe, ground.folder / "base", base, system)
-            write_json(seal, wanted)
+            write_json(seal, ground.measuring)
 
 
 def train(ground: Ground, cell: Cell, folder: Path) -> None:
@@ -69,7 +78,7 @@ def finish(ground: Ground, arm: Arm, number: int, out: Path) -> None:
     with locked(folder / ".lock"):
         _train(ground, cell, folder)
         seal = read_json(folder / "cell.json", "cell")
-        if seal["evaluation"] == evaluation_of(ground.recipe):
+        if _is_measured(ground, seal):
             return
         base, system = _loaded(ground.recipe.model), _system(ground.recipe.system)
         adapter = Adapter.load(folder, base)
@@ -80,7 +89,7 @@ def finish(ground: Ground, arm: Arm, number: int, out: Path) -> None:
         evaluate(replace(cell.recipe, seed=ground.recipe.seed), folder, base, system, adapter)
         seconds = None if begun else time.perf_counter() - begin
         flops = flops_per_token(base, system, adapter, CONTEXT)
-        done = {"evaluation": evaluation_of(ground.recipe), "evaluate_seconds": seconds, "flops_per_token": flops}
+        done = {**ground.measuring, "evaluate_seconds": seconds, "flops_per_token": flops}
         write_json(folder / "cell.json", {**seal, **done})
 
 
@@ -118,12 +127,16 @@ def is_finished(ground: Ground, arm: Arm, number: int, out: Path) -> bool:
         return False
     cell = arm.cells[number][chosen_rate(arm, out)]
     folder = out / cell.place
-    return is_trained(cell, folder) and read_json(folder / "cell.json", "cell")["evaluation"] == evaluation_of(ground.recipe)
+    return is_trained(cell, folder) and _is_measured(ground, read_json(folder / "cell.json", "cell"))
 
 
 def evaluation_of(recipe: Recipe) -> str:
-    """Identity of what a base's cells are asked and how; `recipe` is the ground's."""
+    """Identity of how a base's cells are measured, by the names in its recipe; `recipe` is the ground's."""
     return fingerprint(recipe.model, recipe.system, recipe.evaluate, recipe.seed)
+
+
+def _is_measured(ground: Ground, seal: dict[str, Any]) -> bool:
+    return all(seal.get(key) == value for key, value in ground.measuring.items())
 
 
 def _train(ground: Ground, cell: Cell, folder: Path) -> None:

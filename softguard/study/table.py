@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from softguard.config import dump_recipe
 from softguard.errors import SoftguardError
 from softguard.evaluation import read_results
-from softguard.files import read_json, write_file
+from softguard.files import locked, read_json, write_file
 from softguard.prompts import thin
 from softguard.study.cells import chosen_rate, evaluation_of, is_trained
 from softguard.study.grid import Arm, Cell, Grid
@@ -64,8 +64,9 @@ SCHEMA = pa.schema(
 
 def write_table(grid: Grid, out: Path) -> None:
     """Write `out/cells.parquet` of all cells that are trained."""
-    rows = [row for arm in grid.arms for row in _rows(arm, evaluation_of(grid.grounds[arm.cells[0][0].base]), out)]
-    write_rows(rows, out / NAME)
+    with locked(out / ".lock"):  # another command may be at work on the same study
+        rows = [row for arm in grid.arms for row in _rows(arm, evaluation_of(grid.grounds[arm.cells[0][0].base]), out)]
+        write_rows(rows, out / NAME)
 
 
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -88,21 +89,35 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def join_tables(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The cells of several runs of a study, such as of several machines. A cell that several have is the first's.
+    """The cells of several runs of a study, such as of several machines. A cell that several have is the first's to measure it.
 
-    Raises SoftguardError as `read_table` does, or if two runs asked a base's cells different things.
+    Raises SoftguardError as `read_table` does, or if two runs asked a base's cells different things, had another model behind
+    its name, guard or judge, or chose different rates for a row.
     """
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
-    asked: dict[str, tuple[str, Path]] = {}
+    asked: dict[tuple[str, ...], tuple[Any, Path]] = {}
+
+    def check(path: Path, what: str, found: Any, *of: Any) -> None:
+        wanted, first = asked.setdefault((what, *map(str, of)), (found, path))
+        if found != wanted:
+            raise SoftguardError(
+                f"{path} has another {what} of {', '.join(map(str, of))} than {first}; join runs of one recipe"
+            )
+
     for path in paths:
         for row in read_table(path):
-            if row["evaluation"]:
-                evaluation, first = asked.setdefault(row["base"], (row["evaluation"], path))
-                if row["evaluation"] != evaluation:
-                    raise SoftguardError(
-                        f"{path} measured {row['base']} by other suites or settings than {first}; join runs of one recipe"
-                    )
-            cells.setdefault(tuple(row[key] for key in ("base", "row", "n_soft", "learning_rate", "seed")), row)
+            base = row["base"]
+            if row["evaluation"] and row["metrics"] is not None:
+                named = {"measuring": "evaluation", "model": "base_fingerprint", "guard": "guard", "judge": "judge"}
+                for what, name in named.items():
+                    check(path, what, row[name], base)
+                check(path, "chosen learning rate", row["learning_rate"], base, row["row"], row["n_soft"])
+                for metric in row["metrics"]:
+                    if metric["prompts"] is not None:
+                        check(path, "set of prompts", metric["prompts"], base, metric["suite"])
+            key = tuple(row[name] for name in ("base", "row", "n_soft", "learning_rate", "seed"))
+            if key not in cells or not cells[key]["evaluation"]:
+                cells[key] = row
     return list(cells.values())
 
 

@@ -147,7 +147,7 @@ def _cluster(address: str, cores: int) -> Iterator[Workers]:
     try:
         import ray
     except ImportError as error:
-        raise SoftguardError("--ray-address needs Ray; run: pip install 'softguard[cluster]'") from error
+        raise SoftguardError("--ray-address needs Ray; run: pip install ray") from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray starts; it would report to its makers
     joined = not ray.is_initialized()
     if joined:

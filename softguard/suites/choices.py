@@ -19,15 +19,19 @@ def load(name: str, limit: int) -> Suite:
     """The suite of "choices:PATH": rows with `prompt` and `answer`; if they like, `system`, set before it, and `choices`.
 
     Without `choices`, the answers are the letters of options in the prompt ("A. …" at a line's start) if the answer is one of
-    them; otherwise the right one and those of three other questions, always the same. Raises SoftguardError naming the row
-    whose answer is not among its choices.
+    them; otherwise the right one and those of three other questions, always the same for the same `limit`. Raises
+    SoftguardError naming the row without an answer, whose answer is not among its choices, or that leaves none to choose.
     """
     source = name.removeprefix("choices:")
     rows = thin(list(read_rows(source)), limit)
-    answers = sorted({str(row.get("answer", "")) for _, row in rows})
+    if not rows:
+        raise SoftguardError(f"{source} holds no questions; give at least one")
+    answers = sorted({_answer(where, row) for where, row in rows})
     prompts, choices, right = [], [], []
     for number, (where, row) in enumerate(rows):
-        answer, offered = str(row.get("answer", "")), _offered(row, answers, number)
+        answer, offered = _answer(where, row), _offered(where, row, answers, number)
+        if len(set(offered)) < max(len(offered), 2):
+            raise SoftguardError(f"{where}: {', '.join(offered[:6])} leave nothing to choose; two different choices are needed")
         if answer not in offered:
             raise SoftguardError(f"{where}: answer {answer!r} is not among its choices {', '.join(offered[:6])}; mend the row")
         prompts.append(f"{row['system']}\n\n{row['prompt']}" if row.get("system") else row["prompt"])
@@ -36,13 +40,24 @@ def load(name: str, limit: int) -> Suite:
     return Suite(Path(source).stem, "all", "accuracy", tuple(prompts), tuple(choices), tuple(right))
 
 
-def _offered(row: dict[str, Any], answers: Sequence[str], number: int) -> list[str]:
+def _answer(where: str, row: dict[str, Any]) -> str:
+    answer = row.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise SoftguardError(f"{where}: field 'answer' is {answer!r}; it must be some text or a number")
+    return str(answer)
+
+
+def _offered(where: str, row: dict[str, Any], answers: Sequence[str], number: int) -> list[str]:
     if row.get("choices"):
+        if not isinstance(row["choices"], list) or not all(str(choice).strip() for choice in row["choices"]):
+            raise SoftguardError(
+                f"{where}: field 'choices' is {row['choices']!r}; it must be a list of texts, none of them empty"
+            )
         return [str(choice) for choice in row["choices"]]
-    answer, letters = str(row.get("answer", "")), _LETTERED.findall(row["prompt"])
+    answer, letters = _answer(where, row), list(dict.fromkeys(_LETTERED.findall(row["prompt"])))
     if answer in letters:
         return letters
     others = [other for other in answers if other != answer]
     rng = np.random.default_rng(number)
     wrong = rng.choice(others, min(_WRONG, len(others)), replace=False).tolist()
-    return [str(choice) for choice in rng.permutation([answer, *wrong])] if answer else []
+    return [str(choice) for choice in rng.permutation([answer, *wrong])]

@@ -18,6 +18,8 @@ def load(name: str, limit: int) -> Suite:
     if not templates or not colon or not requests:
         raise SoftguardError(f"suite {name!r} is incomplete; write wrapped:TEMPLATES:REQUESTS, two files of prompts")
     texts = [prompt.text for prompt in read_prompts(requests) if prompt.label != "benign"]
+    if not texts:
+        raise SoftguardError(f"suite {name!r}: every row of {requests} is labelled benign; give requests to wrap")
     wrappers = [prompt.text.replace("{generator.name}", "the assistant") for prompt in read_prompts(templates)]
     chosen = thin(texts, limit)
     prompts = [_wrap(wrappers[i % len(wrappers)], request) for i, request in enumerate(chosen)]
