@@ -25,7 +25,7 @@ import numpy as np
 from torch import Tensor
 
 from softguard.chat import Slot
-from softguard.errors import SoftguardError
+from softguard.errors import DivergedError, SoftguardError
 from softguard.files import read_json, write_file, write_json
 from softguard.models import BaseModel
 
@@ -85,13 +85,13 @@ class Adapter:
     def save(self, folder: Path, base: BaseModel) -> None:
         """Write the adapter in the place of what `folder` held; `softguard.json`, which seals the rest, comes last.
 
-        Raises SoftguardError if a value is not finite in float16.
+        Raises DivergedError if a value is not finite in float16.
         """
         from safetensors.torch import save
 
         stored = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.tensors.items()}
         if not all(tensor.isfinite().all() for tensor in stored.values()):
-            raise SoftguardError("the adapter has values that float16 cannot hold; lower distil.learning_rate")
+            raise DivergedError("the adapter has values that float16 cannot hold; lower distil.learning_rate")
         blob = save(stored)
         write_file(folder / "adapter_model.safetensors", lambda beside: beside.write_bytes(blob))
         for layout in ("adapter_config.json", "control_vector.gguf"):  # what another kind left here would describe it still

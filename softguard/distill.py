@@ -20,7 +20,7 @@ from softguard import gate
 from softguard.adapters import Adapter
 from softguard.config import Recipe, fingerprint
 from softguard.corpus import Corpus, Example
-from softguard.errors import SoftguardError
+from softguard.errors import DivergedError, SoftguardError
 from softguard.files import read_json, write_file, write_json, write_text
 from softguard.guards import Guard, load_guard
 from softguard.initial import initial_adapter
@@ -61,7 +61,7 @@ def distil(
     while they train. Under `accelerate launch` every process takes a share of each batch. A text, and with distil.steps 0 any
     adapter, is saved as it starts.
     Raises SoftguardError if the corpus is another model's or lacks the responses the adapter learns from, `out` holds another
-    recipe's run, the guard fails, or the loss is no longer finite.
+    recipe's run, or the guard fails, and DivergedError if the loss is no longer finite.
     """
     corpus = Corpus.open(corpus.folder, base)
     check_corpus(recipe, corpus)
@@ -277,7 +277,7 @@ class _Trainer:
         if not loss.requires_grad:  # an objective may learn nothing of prompts that the system refuses
             return
         if not torch.isfinite(loss):
-            raise SoftguardError(
+            raise DivergedError(
                 f"the loss is {loss.item()} at step {self.step + 1}; lower distil.learning_rate, it is "
                 f"{self.config.learning_rate}"
             )
@@ -346,7 +346,7 @@ class _Trainer:
         )
         loss = self.safe_weight * safe + self.config.refusal_weight * refusal
         if not np.isfinite(loss):
-            raise SoftguardError(
+            raise DivergedError(
                 f"the loss on validation is {loss} at step {self.step}; lower distil.learning_rate, it is "
                 f"{self.config.learning_rate}"
             )

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 
 class SoftguardError(Exception):
@@ -6,3 +6,7 @@ class SoftguardError(Exception):
 
     The command line prints the line and exits with code 2; library callers catch it like any other exception.
     """
+
+
+class DivergedError(SoftguardError):
+    """Training came to numbers that are not finite, or that no adapter can hold: its learning rate is too large."""

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from softguard.adapters import Adapter
 from softguard.cli import main
+from softguard.config import Recipe
+from softguard.distill import distil
 from softguard.errors import SoftguardError
 from softguard.files import read_json
 from softguard.study import Grid, load_grid, read_table, run_study
@@ -160,9 +163,8 @@ def test_tasks_wait_for_what_they_need_and_are_dropped_with_it(tmp_path: Path) -
         return partial(note, tmp_path / "order", word)
 
     tasks = [
-        Task("last", write("last"), ("first", "trial")),
+        Task("last", write("last"), ("first",)),
         Task("first", write("first")),
-        Task("trial", fail, ("first",), required=False),
         Task("broken", fail),
         Task("dropped", write("dropped"), ("broken",)),
     ]
@@ -172,7 +174,6 @@ def test_tasks_wait_for_what_they_need_and_are_dropped_with_it(tmp_path: Path) -
     assert (tmp_path / "order").read_text().split() == ["first", "last"]
     assert dict(ended) == {
         "first": "",
-        "trial": "it went wrong",
         "last": "",
         "broken": "it went wrong",
         "dropped": "it went wrong",
@@ -353,10 +354,37 @@ def test_a_rate_that_cannot_be_trained_is_passed_over_and_a_row_without_any_is_r
     ]
     table = run_study(load_grid(done[0], few), tmp_path / "out")
     assert [(row["learning_rate"], row["chosen"]) for row in read_table(table)] == [(0.01, True)]
+    told: list[str] = []
+    assert run_study(load_grid(done[0], few), tmp_path / "out", told=told.append) == table
+    assert not told  # nor is it tried again
     few[-1] = "study.adapters.kv_prefix.learning_rates=[1e30, 1e31]"
     settings = [word for setting in few for word in ("--set", setting)]
     line = refused(capsys, "study", done[0], "--out", tmp_path / "out", *settings)
     assert "no learning rate of this row could be trained" in line
+
+
+def test_a_trial_that_fails_for_another_reason_ends_in_an_error(
+    done: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the rate would be chosen among those that happened to be tried."""
+    from softguard.study import cells
+
+    def full_at_the_larger_rate(recipe: Recipe, *rest: Any) -> Adapter:
+        if recipe.distil.learning_rate == 0.01:
+            raise SoftguardError("the disk is full")
+        return distil(recipe, *rest)
+
+    few = ["study.objectives={tv: {}}", "study.rows={}", "study.seeds=[0]"]
+    monkeypatch.setattr(cells, "distil", full_at_the_larger_rate)
+    with pytest.raises(SoftguardError, match="the disk is full; the same command tries again"):
+        run_study(load_grid(done[0], few), tmp_path / "out")
+    monkeypatch.setattr(cells, "distil", distil)
+    table = run_study(load_grid(done[0], few), tmp_path / "out")
+    assert [(row["learning_rate"], row["chosen"]) for row in read_table(table)] == [
+        (row["learning_rate"], row["chosen"])
+        for row in read_table(done[1])
+        if row["row"] == "tv, kv_prefix" and not row["seed"]
+    ]
 
 
 def test_the_dry_run_lists_the_cells_and_writes_nothing(

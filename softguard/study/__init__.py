@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from softguard.errors import SoftguardError
-from softguard.study.cells import Ground, finish, is_finished, is_trained, prepare, train
+from softguard.study.cells import Ground, attempt, finish, is_finished, is_tried, prepare
 from softguard.study.grid import Arm, Cell, Grid, load_grid
 from softguard.study.table import NAME, read_table, write_table
 from softguard.study.workers import Task, open_workers, run_tasks
@@ -28,7 +28,7 @@ def run_study(
     """Run all cells of a grid that are not done under `out`, and write `out/cells.parquet` after each; returns its path.
 
     `workers` processes of this machine, or, with `ray_address`, a Ray cluster whose nodes share the folder `out`. `told` gets a
-    line for every task that ended. A learning rate that cannot be trained is passed over.
+    line for every task that ended. A learning rate at which training diverges is passed over.
     Raises SoftguardError at the end if cells are missing, naming the first reason, or at once if no worker can be had.
     """
     out = out.resolve()
@@ -45,8 +45,7 @@ def run_study(
         )
         if error:
             told(f"  failed: {error}")
-            if task.required:
-                failed.append(error)
+            failed.append(error)
         write_table(grid, out)
 
     if tasks:
@@ -78,8 +77,8 @@ def study_tasks(grid: Grid, out: Path) -> list[Task]:
                 needs = [first]
                 for cell in arm.trials:
                     name = f"{cell.label}: trial"
-                    if name not in {task.name for task in own} and not is_trained(cell, out / cell.place):
-                        own.append(Task(name, partial(train, ground, cell, out / cell.place), (first,), required=False))
+                    if name not in {task.name for task in own} and not is_tried(cell, out / cell.place):
+                        own.append(Task(name, partial(attempt, ground, cell, out / cell.place), (first,)))
                     needs += [name] if name in {task.name for task in own} else []
                 head = arm.cells[number][0].recipe
                 label = f"{base}, {arm.cells[0][0].row}, length {head.distil.n_soft}, seed {head.seed}"

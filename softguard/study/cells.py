@@ -23,7 +23,7 @@ from softguard.config import ModelConfig, Recipe, SystemConfig, fingerprint
 from softguard.corpus import Corpus, teach
 from softguard.cost import flops_per_token
 from softguard.distill import distil
-from softguard.errors import SoftguardError
+from softguard.errors import DivergedError, SoftguardError
 from softguard.evaluation import evaluate
 from softguard.files import locked, read_json, write_json
 from softguard.judges import load_judge
@@ -62,10 +62,16 @@ def prepare(ground: Ground) -> None:
             write_json(seal, ground.measuring)
 
 
-def train(ground: Ground, cell: Cell, folder: Path) -> None:
-    """Train the adapter of a cell unless it is trained. Raises SoftguardError as `distil` does."""
+def attempt(ground: Ground, cell: Cell, folder: Path) -> None:
+    """Train the adapter of a cell unless it was tried; that its rate is too large is sealed, too.
+
+    Raises SoftguardError as `distil` does of all else.
+    """
     with locked(folder / ".lock"):
-        _train(ground, cell, folder)
+        try:
+            _train(ground, cell, folder)
+        except DivergedError as error:
+            write_json(folder / "cell.json", {"training": _training(cell.recipe), "diverged": str(error)})
 
 
 def finish(ground: Ground, arm: Arm, number: int, out: Path) -> None:
@@ -117,15 +123,23 @@ def validation_loss(cell: Cell, out: Path) -> float:
 
 def is_trained(cell: Cell, folder: Path) -> bool:
     """Whether `folder` holds the cell's adapter, and no other recipe's."""
+    return is_tried(cell, folder) and "diverged" not in read_json(folder / "cell.json", "cell")
+
+
+def is_tried(cell: Cell, folder: Path) -> bool:
+    """Whether `folder` holds the cell's adapter, or that its rate is too large for one."""
     path = folder / "cell.json"
     return path.is_file() and read_json(path, "cell")["training"] == _training(cell.recipe)
 
 
 def is_finished(ground: Ground, arm: Arm, number: int, out: Path) -> bool:
     """Whether the cell of an arm's seed `number` is trained at the chosen rate, and measured."""
-    if any(not is_trained(cell, out / cell.place) for cell in arm.trials):
+    if any(not is_tried(cell, out / cell.place) for cell in arm.trials):
         return False
-    cell = arm.cells[number][chosen_rate(arm, out)]
+    try:
+        cell = arm.cells[number][chosen_rate(arm, out)]
+    except SoftguardError:  # all its rates were too large
+        return False
     folder = out / cell.place
     return is_trained(cell, folder) and _is_measured(ground, read_json(folder / "cell.json", "cell"))
 

@@ -58,10 +58,9 @@ def _line(arm: Arm) -> str:
 
 
 def _done(grid: Grid, out: Path) -> int:
+    grounds = {base: Ground(recipe, out) for base, recipe in grid.grounds.items()}
     return sum(
-        is_finished(Ground(grid.grounds[arm.cells[0][0].base], out), arm, number, out)
-        for arm in grid.arms
-        for number in range(len(arm.cells))
+        is_finished(grounds[arm.cells[0][0].base], arm, number, out) for arm in grid.arms for number in range(len(arm.cells))
     )
 
 

@@ -29,8 +29,7 @@ class Task(NamedTuple):
 
     name: str
     run: Callable[[], None]
-    needs: tuple[str, ...] = ()
-    required: bool = True  # what needs it is dropped when it fails
+    needs: tuple[str, ...] = ()  # what is not run if one of them fails
 
 
 class Workers(NamedTuple):
@@ -43,11 +42,10 @@ class Workers(NamedTuple):
 def run_tasks(tasks: Sequence[Task], workers: Workers, told: Callable[[Task, str], None]) -> None:
     """Run all tasks, earlier ones first where both can; `told` gets each that has ended, with its error or "".
 
-    A task whose required need failed is not run, and is told with the need's error.
+    A task whose need failed is not run, and is told with the need's error.
     Raises SoftguardError if a worker died.
     """
     waiting, running = list(tasks), dict[Future[str], Task]()
-    required = {task.name for task in tasks if task.required}
     ended: dict[str, str] = {}
 
     def end(task: Task, error: str) -> None:
@@ -56,7 +54,7 @@ def run_tasks(tasks: Sequence[Task], workers: Workers, told: Callable[[Task, str
 
     while waiting or running:
         for task in [task for task in waiting if all(need in ended for need in task.needs)]:
-            broken = next((ended[need] for need in task.needs if need in required and ended[need]), "")
+            broken = next((ended[need] for need in task.needs if ended[need]), "")
             if not broken and len(running) >= workers.slots:
                 continue
             waiting.remove(task)
