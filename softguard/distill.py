@@ -18,6 +18,7 @@ from torch import Tensor
 
 from softguard import gate
 from softguard.adapters import Adapter
+from softguard.chat import Chat
 from softguard.config import Recipe, fingerprint
 from softguard.corpus import Corpus, Example
 from softguard.errors import DivergedError, SoftguardError
@@ -134,6 +135,7 @@ def _facts(recipe: Recipe, corpus: Corpus, base: BaseModel) -> dict[str, Any]:
         "objective": recipe.distil.objective,
         "length": recipe.distil.length,
         "refusal": corpus.manifest["refusals"][0],
+        "closing": list(Chat(base.tokenizer, extra_stops=base.stop_ids).closing),  # ids that tell the chat template
         **({"members": recipe.distil.members} if recipe.distil.adapter == "gate" else {}),
         "guard": corpus.manifest["guard"],
         "corpus": corpus.fingerprint,

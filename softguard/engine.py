@@ -37,9 +37,14 @@ class Engine:
     """A base model with, or without, an adapter resident in its cache."""
 
     def __init__(self, base: BaseModel, adapter: Adapter | None = None) -> None:
-        """`adapter`: none for the base alone."""
+        """`adapter`: none for the base alone. Raises SoftguardError for one distilled behind another chat template."""
         self.base = adapted(base, adapter)
         self.chat = Chat(base.tokenizer, adapter.slot if adapter else "start", base.stop_ids)
+        if adapter is not None and adapter.facts.get("closing", list(self.chat.closing)) != list(self.chat.closing):
+            raise SoftguardError(
+                f"the adapter was distilled behind another chat template than {base.name!r} has; load it with the model and "
+                "tokenizer it was trained for"
+            )
         self.gate = Gate.of(self.base, self.chat, adapter) if adapter is not None and adapter.kind == "gate" else None
         self.prefix = make_resident(self.base, self.chat, adapter, self.gate)
 
@@ -70,14 +75,15 @@ class Engine:
         responses: dict[int, Response] = {}
         for batch in self._batches(encoded, batch_size):
             picked = None if draws is None else torch.from_numpy(draws[batch])
-            made: list[list[_Token]] = [[] for _ in batch]
+            made: list[list[int]] = [[] for _ in batch]
+            states: list[list[Tensor]] = [[] for _ in batch]
             for tokens in self._steps([encoded[i] for i in batch], max_new_tokens, temperature, picked):
                 for row, token in tokens.items():
-                    made[row].append(token)
-            for i, answer in zip(batch, made, strict=True):
-                drawn = tuple(token.id for token in answer)
-                hidden = torch.stack([token.hidden for token in answer]) if keep_hidden else None
-                responses[i] = Response(drawn, self._text(drawn), hidden)
+                    made[row].append(token.id)
+                    if keep_hidden:  # each is part of a whole step's, which it keeps in memory
+                        states[row].append(token.hidden)
+            for i, drawn, hidden in zip(batch, made, states, strict=True):
+                responses[i] = Response(tuple(drawn), self._text(drawn), torch.stack(hidden) if keep_hidden else None)
             progress(len(batch))
         return [responses[i] for i in range(len(prompts))]
 

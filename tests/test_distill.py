@@ -474,3 +474,14 @@ def test_a_reward_of_another_guard_than_the_corpus_is_refused(
     other = recipe(prompts, "distil.objective=reinforce", "system.guard=tests.guards_for_tests:half")
     with pytest.raises(SoftguardError, match=r"the corpus was taught by guard '.*by_word'"):
         distil(other, corpus, tmp_path, small)
+
+
+def test_an_adapter_does_not_run_behind_another_chat_template(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    adapter = distil(recipe(prompts, "distil.steps=0"), corpus, tmp_path, small)
+    Engine(small, adapter)
+    tokenizer = copy.deepcopy(small.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "helper")
+    with pytest.raises(SoftguardError, match="distilled behind another chat template than"):
+        Engine(replace(small, tokenizer=tokenizer), adapter)
