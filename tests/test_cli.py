@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from softguard.cli import main
+from softguard.conversation import converse
+from softguard.errors import SoftguardError
 from tests.commands import ROOT, softguard
 
 GUARD = "system.guard=tests.guards_for_tests:by_word"
@@ -244,7 +247,8 @@ def test_a_demo_of_other_settings_leaves_the_first_alone(
     assert (tmp_path / "demo" / "recipe.yaml").read_bytes() == before
 
 
-def test_chat_takes_utf8_alone(small_folder: Path) -> None:
-    command = [sys.executable, "-m", "softguard.cli", "chat", "--max-new-tokens", "2", "--set", f"model.name={small_folder}"]
-    done = subprocess.run(command, cwd=ROOT, input=b"caf\xe9\n\n", capture_output=True, timeout=200)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, b"softguard: the input is not UTF-8 text; convert it")
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_chat_takes_utf8_alone(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n\n"), encoding="utf-8", errors=errors))
+    with pytest.raises(SoftguardError, match="the input is not UTF-8 text; convert it"):
+        converse({}, 2)

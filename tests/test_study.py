@@ -308,7 +308,7 @@ def test_a_suite_that_was_rewritten_is_asked_of_all_cells_again(done: tuple[Path
     text = suite.read_text()
     suite.write_text(text.replace("bomb", "bombs"))
     try:
-        table = run_study(load_grid(done[0]), tmp_path / "out")
+        table = run_study(load_grid(done[0], ["study.rows={}", "study.objectives={tv: {}}"]), tmp_path / "out")
     finally:
         suite.write_text(text)
     assert len(asked(done[1])) == len(asked(table)) == 1
