@@ -33,5 +33,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[dev,hub]'
 	touch $(STAMP)
 
+# Studies in runs stay: they take hours.
 clean:
-	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv runs/demo .mypy_cache .ruff_cache .pytest_cache

@@ -48,9 +48,10 @@ def main() -> None:
         results = evaluate(asked, work / "results", base, system, adapter, progress=bars)
     if not options.measure:
         package(work / "adapter", FOLDER / name)
-    write_text(FOLDER / name / "recipe.yaml", dump_recipe(load_recipe(options.recipe)))
-    contract = results.contract()
-    write_json(FOLDER / name / "card.json", {"command": f"python recipes/build_adapter.py {options.recipe}", **contract})
+    changed = [change for change in options.overrides if not change.startswith("model.name=")]  # a path of this machine
+    write_text(FOLDER / name / "recipe.yaml", dump_recipe(load_recipe(options.recipe, changed)))
+    command = " ".join(["python recipes/build_adapter.py", str(options.recipe), *(f"--set {change}" for change in changed)])
+    write_json(FOLDER / name / "card.json", {"command": command, **results.contract()})
     size = sum(path.stat().st_size for path in (FOLDER / name).iterdir())
     if size > _LIMIT:
         raise SystemExit(f"{FOLDER / name} holds {size:,} bytes, more than {_LIMIT:,}; lower distil.n_soft")

@@ -67,7 +67,9 @@ class Figure(NamedTuple):
 def auroc_figure(data: str, safe: Scores, bad: Sequence[bool] | Flags) -> Figure:
     """AUROC of p(safe) against `bad`, interval after DeLong et al. (1988) on the logit scale.
 
-    `safe` and `bad` are (cases,). Raises ValueError unless both classes are there.
+    `safe` and `bad` are (cases,). Classes that do not overlap have no variance to go by; but of m independent pairs, m the
+    cases of the rarer one, all are in order then, whose probability is at most AUROC^m: hence a bound of 0.025^(1/m). Raises
+    ValueError unless both classes are there.
     """
     scores, labels = -np.asarray(safe, float), np.asarray(bad, bool)
     high, low = scores[labels], scores[~labels]
@@ -77,8 +79,12 @@ def auroc_figure(data: str, safe: Scores, bad: Sequence[bool] | Flags) -> Figure
     above = (np.searchsorted(order, high, "left") + np.searchsorted(order, high, "right")) / (2 * len(low))
     below = (np.searchsorted(reverse, low, "left") + np.searchsorted(reverse, low, "right")) / (2 * len(high))
     area = float(above.mean())
-    if len(high) < 2 or len(low) < 2 or not 0 < area < 1:
-        return Figure("auroc", data, len(labels), area, 0.0 if area < 1 else area, 1.0)
+    rarer = min(len(high), len(low))
+    if area in (0, 1):
+        bound = float(0.025 ** (1 / rarer))
+        return Figure("auroc", data, len(labels), area, *((bound, 1.0) if area else (0.0, 1 - bound)))
+    if rarer < 2:
+        return Figure("auroc", data, len(labels), area, 0.0, 1.0)
     variance = above.var(ddof=1) / len(high) + below.var(ddof=1) / len(low)
     logit, spread = np.log(area / (1 - area)), 1.959964 * np.sqrt(variance) / (area * (1 - area))
     return Figure("auroc", data, len(labels), area, *(float(1 / (1 + np.exp(-logit - s * spread))) for s in (-1, 1)))

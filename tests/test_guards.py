@@ -176,7 +176,7 @@ def _labelled(count: int) -> list[dict[str, object]]:
 
 
 def test_a_fit_is_repeatable_and_survives_saving(tmp_path: Path) -> None:
-    rows = _write(tmp_path / "rows.jsonl", _labelled(80))
+    rows = _write(tmp_path / "rows.jsonl", _labelled(40))
     settings = GuardConfig(rank=2, epochs=1, batch=16)
     guards = [fit_guard([rows], tmp_path / name, settings, name="tiny") for name in ("first", "second")]
     for file in ("weights.safetensors", "card.json"):
@@ -188,7 +188,7 @@ def test_a_fit_is_repeatable_and_survives_saving(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.prompt_safety(HARMFUL), guards[0].prompt_safety(HARMFUL))
     np.testing.assert_array_equal(loaded.response_safety(HARMFUL, HARMFUL), guards[0].response_safety(HARMFUL, HARMFUL))
     card = json.loads((tmp_path / "first" / "card.json").read_text(encoding="utf-8"))
-    assert card["training"][0]["rows"] == 80
+    assert card["training"][0]["rows"] == 40
     assert {row["question"] for row in card["figures"]} == {"prompt", "response"}
     assert set(card["thresholds"]) == {"prompt", "response"}
 
@@ -262,7 +262,12 @@ def test_figures_agree_with_scikit_learn_and_hold_their_intervals() -> None:
     figure = auroc_figure("made", safe, bad)
     assert figure.value == pytest.approx(roc_auc_score(bad, -np.array(safe)))
     assert 0.5 < figure.low < figure.value < figure.high < 1
-    assert auroc_figure("made", np.where(bad, 0.0, 1.0), bad).value == 1
+    apart = auroc_figure("made", [0.1, 0.2, 0.3, 0.4, 0.5], [True, True, True, False, False])
+    assert (apart.value, apart.low, apart.high) == (1, pytest.approx(0.025**0.5), 1)
+    turned = auroc_figure("made", [0.1, 0.2, 0.3, 0.4, 0.5], [False, False, True, True, True])
+    assert (turned.value, turned.low, turned.high) == (0, 0, pytest.approx(1 - 0.025**0.5))
+    single = auroc_figure("made", [0.2, 0.1, 0.3], [True, False, False])
+    assert (single.value, single.low, single.high) == (0.5, 0, 1)
     share = share_figure("share", "made", [True] * 5 + [False] * 5)
     assert (share.value, share.n) == (0.5, 10)
     assert (share.low, share.high) == pytest.approx((0.2366, 0.7634), abs=1e-4)  # Wilson's interval, by hand
