@@ -34,7 +34,7 @@ class Head(NamedTuple):
 
     def into_hidden(self, slope: Tensor) -> Tensor:
         """The gradient (tokens, hidden) from that at the logits before the cap, (tokens, vocabulary)."""
-        gradient = slope @ self.weight
+        gradient = products.into_input(slope, self.weight)
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
 
 
