@@ -263,9 +263,9 @@ def test_figures_agree_with_scikit_learn_and_hold_their_intervals() -> None:
     assert figure.value == pytest.approx(roc_auc_score(bad, -np.array(safe)))
     assert 0.5 < figure.low < figure.value < figure.high < 1
     apart = auroc_figure("made", [0.1, 0.2, 0.3, 0.4, 0.5], [True, True, True, False, False])
-    assert (apart.value, apart.low, apart.high) == (1, pytest.approx(0.025**0.5), 1)
+    assert (apart.value, apart.low, apart.high) == pytest.approx((1, 0.025**0.5, 1))
     turned = auroc_figure("made", [0.1, 0.2, 0.3, 0.4, 0.5], [False, False, True, True, True])
-    assert (turned.value, turned.low, turned.high) == (0, 0, pytest.approx(1 - 0.025**0.5))
+    assert (turned.value, turned.low, turned.high) == pytest.approx((0, 0, 1 - 0.025**0.5))
     single = auroc_figure("made", [0.2, 0.1, 0.3], [True, False, False])
     assert (single.value, single.low, single.high) == (0.5, 0, 1)
     share = share_figure("share", "made", [True] * 5 + [False] * 5)
