@@ -16,7 +16,6 @@ from softguard import products
 _TILE = 2**25  # bytes of logits held at once …
 _LEAST = 256  # … but those of so many tokens at least
 _BLOCK = 2**18  # logits of which laws are made at once
-_LEAST_TURNED = 64  # rows whose gradient is asked for as its transpose
 
 
 class Head(NamedTuple):
@@ -35,8 +34,7 @@ class Head(NamedTuple):
 
     def into_hidden(self, slope: Tensor) -> Tensor:
         """The gradient (tokens, hidden) from that at the logits before the cap, (tokens, vocabulary)."""
-        # turned, fewer rows are summed over the vocabulary ten times less exactly
-        gradient = slope @ self.weight if len(slope) < _LEAST_TURNED else products.into_input(slope, self.weight)
+        gradient = products.into_input(slope, self.weight)
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 _FEW = 512  # rows
+_LONG, _ENOUGH = 2**14, 64  # of fewer rows MKL sums so many terms ten times less exactly when it is turned
 _BLOCK = 512  # of a head's vectors: the product of few rows with as many lies in cache, where turning it costs little
 
 
@@ -25,7 +26,7 @@ def linear(layer: Any, x: Tensor) -> Tensor:
 
 def into_input(outer: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
     """The gradient (tokens, n) from that of what a layer gives, (tokens, m), and what is to be added to it."""
-    if not _turns(outer):
+    if not _turns(outer) or (outer.shape[1] >= _LONG and len(outer) < _ENOUGH):
         return outer @ weight if plus is None else torch.addmm(plus, outer, weight)
     return (weight.mT @ outer.mT).mT if plus is None else torch.addmm(plus.mT, weight.mT, outer.mT).mT
 
@@ -49,7 +50,7 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
-        return outer @ ctx.weight, None
+        return into_input(outer, ctx.weight), None
 
 
 def _turns(x: Tensor) -> bool:

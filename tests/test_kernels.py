@@ -18,7 +18,6 @@ TOKENS, HIDDEN, VOCABULARY = 13, 8, 50
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_TILE", 5 * VOCABULARY * 8)  # tiles of 5 float64 tokens: two whole ones and a rest
     monkeypatch.setattr(kernels, "_LEAST", 1)
-    monkeypatch.setattr(kernels, "_LEAST_TURNED", 4)  # the last tile is not
     monkeypatch.setattr(kernels, "_BLOCK", 2 * VOCABULARY)  # in blocks of 2, 2 and 1
 
 

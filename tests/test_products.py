@@ -42,6 +42,14 @@ def test_the_gradient_of_a_layers_input_and_what_is_added_to_it(tokens: int) -> 
     assert near(products.into_input(outer, weight, plus), exact + plus.double())
 
 
+@pytest.mark.parametrize(("tokens", "in_rows"), [(8, True), (63, True), (64, False)])
+def test_long_sums_of_few_rows_are_not_turned(tokens: int, in_rows: bool) -> None:
+    weight, outer = random(products._LONG, 24, seed=1), random(tokens, products._LONG, seed=4)
+    found, exact = products.into_input(outer, weight), outer.double() @ weight.double()
+    assert found.is_contiguous() == in_rows
+    assert (found - exact).norm() < 2e-6 * exact.norm()
+
+
 def test_what_stands_in_a_layers_place_is_asked_itself() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
