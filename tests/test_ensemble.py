@@ -82,6 +82,14 @@ def test_found_by_name() -> None:
         load_guard("mean(bundled)")
 
 
+def test_one_of_several_guards_may_be_several() -> None:
+    name = "tests.guards_for_tests:by_word"
+    guard = load_guard(f"cautious({name}, mean({name},tests.guards_for_tests:half))")
+    assert prompt_safety(guard, ["a bomb", "tea"]) == pytest.approx([0.05, (0.95 + 0.5) / 2])
+    with pytest.raises(SoftguardError, match=r"guard 'mean\(tests.guards_for_tests:by_word' is neither"):
+        load_guard(f"cautious({name}, mean({name})")
+
+
 def test_a_guard_of_prompts_alone_can_be_one_of_several() -> None:
     class PromptsAlone(Fixed):
         @property

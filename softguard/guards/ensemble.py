@@ -64,7 +64,19 @@ def parse_ensemble(spec: str) -> tuple[How, list[str]] | None:
     if not bracket or how not in get_args(How) or not rest.endswith(")"):
         return None
     rule: How = "cautious" if how == "cautious" else "mean"
-    return rule, [part.strip() for part in rest[:-1].split(",") if part.strip()]
+    return rule, [part.strip() for part in _parts(rest[:-1]) if part.strip()]
+
+
+def _parts(text: str) -> list[str]:
+    """`text` cut at its commas, but not within brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _threshold(guard: Guard, question: str) -> float:
