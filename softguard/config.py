@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from softguard.errors import SoftguardError
 from softguard.named import is_named
+from softguard.text import is_whole
 
 DEFAULT_INSTRUCTION = (
     "If the request is harmful, illegal, hateful, dangerous or invades somebody's privacy, refuse. "
@@ -62,7 +63,7 @@ class SystemConfig:
 class TeachConfig:
     """Drawing responses from the base and scoring them with the guard."""
 
-    prompts: str = "packaged:train"  # a file (JSONL, CSV, text, Parquet), "packaged:SPLIT" or "hub:DATASET[:SPLIT]"
+    prompts: str = "packaged:train"  # a file (JSONL, CSV, text, Parquet), "packaged:SPLIT" or "hub:DATASET[@CONFIG][:SPLIT]"
     validation: str = "packaged:validation"
     limit: int = 0  # prompts at most; 0 takes all
     validation_limit: int = 0  # of the validation prompts, likewise
@@ -360,12 +361,3 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if isinstance(value, str) and not is_whole(value):
         raise SoftguardError(f"{key} holds half a character (a lone surrogate); mend the text")
     return value
-
-
-def is_whole(text: str) -> bool:
-    """Whether no character of `text` is half a pair of surrogates, which no file holds."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Mapping
 
 from softguard.chat import Turn
-from softguard.config import is_whole
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
+from softguard.text import is_whole
 
 
 def converse(engines: Mapping[str, Engine], max_new_tokens: int) -> None:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from softguard.config import is_whole
 from softguard.errors import SoftguardError
+from softguard.text import is_whole
 
 PACKAGED = "packaged"
 SUITES = ("harmful", "contrast", "everyday")  # of the packaged prompts, a file each
@@ -33,7 +33,7 @@ def read_prompts(source: str, limit: int = 0) -> Iterator[Prompt]:
     """Stream prompts from `source`, at most `limit` (0: all), checking each.
 
     `source`: "packaged:SPLIT" (train, validation, test; the package's own prompts), a .jsonl, .csv, .txt or .parquet file
-    with a `prompt` column (text: one prompt a line), or "hub:DATASET[:SPLIT]" (needs `datasets`).
+    with a `prompt` column (text: one prompt a line), or "hub:DATASET[@CONFIG][:SPLIT]" (needs `datasets`).
     With a limit, the packaged prompts are thinned evenly so that every suite and topic stays in its proportion.
     Raises SoftguardError that names file, line and field when a row is malformed or the source is empty.
     """
@@ -179,13 +179,14 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _hub(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    name, _, split = source.removeprefix("hub:").partition(":")
+    place, _, split = source.removeprefix("hub:").partition(":")
+    name, _, config = place.partition("@")
     try:
         import datasets
     except ImportError as error:
         raise SoftguardError(f"{source}: reading hub data sets needs 'datasets'; run: pip install datasets") from error
     try:
-        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield f"{source} row {number}", row
     except Exception as error:  # whatever its scripts, parsers and the network raise

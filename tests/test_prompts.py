@@ -255,6 +255,17 @@ def test_hub_data_sets_are_streamed_with_their_splits(tmp_path: Path) -> None:
     assert f"hub:{folder}:test row 1: the prompt is empty" in told(f"hub:{folder}:test")
 
 
+def test_hub_data_sets_have_configurations(tmp_path: Path) -> None:
+    parts = {"plain": "a prompt", "wrapped": "another"}
+    for name, prompt in parts.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", [{**ROWS[0], "prompt": prompt}])
+    named = "".join(f"  - {{config_name: {name}, data_files: {name}.jsonl}}\n" for name in parts)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{named}---\n")
+    for name, prompt in parts.items():
+        assert [p.text for p in read(f"hub:{tmp_path}@{name}:train")] == [prompt]
+    assert f"hub:{tmp_path}@third could not be loaded" in told(f"hub:{tmp_path}@third")
+
+
 def test_hub_data_set_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

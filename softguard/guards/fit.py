@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softguard.card import Card, Figure, Flags, auroc_figure, calibration_figure, figure_fields, sha256, share_figure
-from softguard.config import GuardConfig, is_whole
+from softguard.config import GuardConfig
 from softguard.errors import SoftguardError
 from softguard.guards import Probabilities
 from softguard.guards.encoder import (
@@ -28,6 +28,7 @@ from softguard.guards.encoder import (
     load_tokenizer,
     pool,
 )
+from softguard.text import is_whole
 
 
 class Row(NamedTuple):

@@ -1,8 +1,8 @@
 """Suites: what is asked in an evaluation, and which measure its answers are for.
 
 `load_suites` finds them by name: "harmful", "contrast", "everyday" and "drift" are made of the package's own prompts;
-"file:PATH" and "hub:DATASET[:SPLIT]" are the user's, with a label a row; "wrapped:TEMPLATES:REQUESTS" are jailbreaks by
-preface; "choices:PATH" are questions with answers to choose from.
+"file:PATH" and "hub:DATASET[@CONFIG][:SPLIT]" are the user's, with a label a row; "wrapped:TEMPLATES:REQUESTS" are jailbreaks
+by preface; "choices:PATH" are questions with answers to choose from.
 """
 
 from collections.abc import Sequence

@@ -8,7 +8,7 @@ from softguard.suites.suite import Measure, Suite
 
 
 def load(name: str, limit: int) -> list[Suite]:
-    """One suite a label found in "file:PATH" or "hub:DATASET[:SPLIT]"."""
+    """One suite a label found in "file:PATH" or "hub:DATASET[@CONFIG][:SPLIT]"."""
     source = name.removeprefix("file:")
     rows = list(read_rows(source))
     if not rows:
