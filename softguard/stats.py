@@ -60,7 +60,7 @@ def gap_closed(
 ) -> Estimate | None:
     """Share of the safety gap between base and system that the student closes, (student − base) / (system − base).
 
-    The three are safe/unsafe on the same prompts, resampled together, the student by (seeds, prompts) if it has several. None
+    The three are safe/unsafe on the same prompts, resampled together, each by (seeds, prompts) if it has several. None
     where the system is no safer than the base; resamples without a gap are left out of the interval. Of a gap of few answers
     that are all closed a bootstrap's interval has no width, so each resample also holds an answer that the student closes and
     one that it does not, of random weight ½ on average: of k closed among m it is then near Jeffreys', Beta(k + ½, m − k + ½).

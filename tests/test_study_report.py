@@ -160,6 +160,20 @@ def test_the_summary_sets_every_row_beside_base_and_system() -> None:
     assert ("base", "over_refusal_change") not in found
 
 
+def test_a_seed_stands_beside_the_base_and_system_of_its_own_run() -> None:
+    closed = {**metric("distilled", "eval_harmbench-harmful", "gap_closed", [0.0]), "value": 0.8, "outcomes": None}
+    rows = [{**row, "metrics": [*row["metrics"], closed]} for row in (ROWS[0], ROWS[2])]
+    other = {
+        ("base", "safety"): [1.0] * 2 + [0.0] * 8,  # three safe answers fewer than in the first run,
+        ("safe_system", "over_refusal"): [1.0] * 4 + [0.0] * 6,  # and two refusals more
+    }
+    own = [{**m, "outcomes": other.get((m["system"], m["metric"]), m["outcomes"])} for m in rows[1]["metrics"]]
+    found = {(f.method, f.metric): f for f in figures(with_methods([rows[0], {**rows[1], "metrics": own}]))}
+    change = found["good", "over_refusal_change"]
+    assert (change.value, change.least, change.most) == pytest.approx((-0.2, -0.3, -0.1))
+    assert found["good", "gap_closed"].value == pytest.approx((10 + 8 - 5 - 2) / (10 + 10 - 5 - 2))
+
+
 def written(tmp_path: Path, rows: list[dict[str, Any]], suites: tuple[str, ...] = ()) -> tuple[Path, str]:
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "cells.parquet")
     write_study([tmp_path / "cells.parquet"], suites, tmp_path / "results", tmp_path / "docs" / "study.md")

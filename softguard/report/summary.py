@@ -1,5 +1,6 @@
 """A study in one file a program reads, and in one table: every row beside the base and the safe system.
 
+A seed stands beside the base and the system of its own run: of runs on several machines these may differ by an answer or two.
 Intervals of what a row differs by are over prompts and seeds: both are drawn again, prompts for all systems alike. Those of
 shares are the outermost ends of the seeds' exact ones, as in `exhibits`, because a bootstrap of all hits has no width.
 """
@@ -42,7 +43,7 @@ class Figure(NamedTuple):
 
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
-    """All figures of measured rows; base and safe system, which no seed changes, stand first, once a base model."""
+    """All figures of measured rows; base and safe system, which no seed changes, stand first, of a base model's first run."""
     found: list[Figure] = []
     for group in by_method(rows):
         base = group[0]["base"]
@@ -107,12 +108,11 @@ def _estimates(kept: Sequence[Row], system: str, suite: str, metric: str) -> lis
     if metric in _BOOTSTRAPPED:
         return [(metric, _BOOTSTRAPPED[metric](_outcomes(kept, system, suite, metric)), each)]
     if metric == "gap_closed":
-        safe = {name: _outcomes(kept, name, suite, "safety") for name in (*SYSTEMS, "distilled")}
-        closed = stats.gap_closed(safe["base"][0], safe["safe_system"][0], safe["distilled"])
+        base, safe_system, distilled = (_outcomes(kept, name, suite, "safety") for name in (*SYSTEMS, "distilled"))
+        closed = stats.gap_closed(base, safe_system, distilled)
         return [(metric, closed, each)] if closed is not None else []
     if metric == "over_refusal" and system == "distilled":
-        system_refuses = _outcomes(kept[:1], "safe_system", suite, metric)[0]
-        change = _outcomes(kept, system, suite, metric) - system_refuses
+        change = _outcomes(kept, system, suite, metric) - _outcomes(kept, "safe_system", suite, metric)
         by_seed = [float(x) for x in change.mean(axis=1)]
         return [(metric, plain, each), ("over_refusal_change", stats.change(change), by_seed)]
     return [(metric, plain, each)]
