@@ -4,7 +4,8 @@
 
 Every side: SmolLM2-135M-Instruct, the same tokens, 32 soft vectors, answers alone (no refusals), forward KL to the frozen
 base, backward and optimiser step; drawing is in none. "kept": the base's hidden states are in the corpus, so that no side
-of ours runs the base. "products" replays the matrix products our step made, shape by shape and in its precision, alone.
+of ours runs the base. "in two parts": one half of the rows after the other (`distil.accumulate`), as every side could do it.
+"products" replays the matrix products our step made, shape by shape and in its precision, alone.
 """
 
 import tempfile
@@ -66,12 +67,12 @@ def main() -> None:
 
 def _sides(shape: Shape, dtype: str) -> dict[str, Callable[[], Any]]:
     base = load_base(dtype=dtype)
-    trainer, kept = (our_trainer(base, shape, keep_hidden) for keep_hidden in (False, True))
-    ours = partial(trainer._train_step, list(range(shape.batch)), 0)
-    from_corpus = partial(kept._train_step, list(range(shape.batch)), 0)
+    trainers = our_trainer(base, shape, False), our_trainer(base, shape, True), our_trainer(base, shape, True, parts=2)
+    ours, from_corpus, parted = (partial(trainer._train_step, list(range(shape.batch)), 0) for trainer in trainers)
     return {
         "softguard": ours,
         "softguard, kept": from_corpus,
+        "softguard, kept, in two parts": parted,
         "products of softguard": products(base, ours),
         "products of softguard, kept": products(base, from_corpus),
         "peft + trl GKD loss": peft_gkd(load_base(dtype=dtype), shape),
@@ -79,12 +80,10 @@ def _sides(shape: Shape, dtype: str) -> dict[str, Callable[[], Any]]:
     }
 
 
-def our_trainer(base: BaseModel, shape: Shape, keep_hidden: bool) -> _Trainer:
+def our_trainer(base: BaseModel, shape: Shape, keep_hidden: bool, parts: int = 1) -> _Trainer:
     """A trainer whose corpus is `shape.batch` random answers to prompts of one length."""
-    recipe = load_recipe(
-        None,
-        ["distil.adapter=soft_prompt", "distil.objective=kl", f"distil.n_soft={N_SOFT}", f"distil.batch_size={shape.batch}"],
-    )
+    sizes = [f"distil.n_soft={N_SOFT}", f"distil.batch_size={shape.batch}", f"distil.accumulate={parts}"]
+    recipe = load_recipe(None, ["distil.adapter=soft_prompt", "distil.objective=kl", *sizes])
     trainer = _Trainer(recipe, cast(Corpus, Answers([])), Path("unused"), base)
     chat = trainer.passes.chat
     prompt = next(t for n in range(shape.prompt) if len(chat.encode(t := " ".join(["the"] * n))) == shape.prompt)

@@ -2,9 +2,9 @@
 outside of it, and the prefix's keys and values are there once. Before the prefix may stand keys and values that belong to no
 token, those of a key/value prefix.
 
-The weights of short rows are small beside attention's inputs, so they are kept for the backward pass, which is written out.
-Those of long rows grow with the square of the length: PyTorch's fused kernel makes them a block at a time, and once more for
-the gradient, so that what is kept grows with the length alone.
+Attention's weights grow with the square of a row's length, so what is kept for the backward pass is attention's inputs alone,
+and the weights are made once more for the gradient: those of short rows by operations that are written out, those of long
+ones a block at a time by PyTorch's fused kernel.
 """
 
 from collections.abc import Sequence
@@ -148,30 +148,28 @@ def attend(
     qr, kr, vr = (rows_of(x, groups, at) for x in (q, k, v))
     if before is not None:
         kp, vp = (torch.cat([x, own], dim=1) for x, own in zip(before, (kp, vp), strict=True))
-    scores, slopes = _capped(qp @ kp.mT, cap)
-    scores = scores.view(groups, -1, at.prefix, kp.shape[1]) + at.causal
-    wp = scores.softmax(-1).flatten(1, 2)  # sums are float32 whatever goes in and out
+    weights, _ = _prefix_weights(qp, kp, at, cap)
     shape, qr, kr, vr = qr.shape, qr.flatten(0, 1), _seen(kp, kr), _seen(vp, vr)
-    fused = at.long and not cap  # the kernel knows no cap
-    out, weights = (_fused(qr, kr, vr), ()) if fused else _weighed(qr, kr, vr, at, cap)
-    return flat_of(wp @ vp, out.view(shape), at), (qp, kp, vp, wp, qr, kr, vr, *weights, *slopes)
+    out = _fused(qr, kr, vr) if _is_fused(at, cap) else _weights(qr, kr, at, cap)[0] @ vr
+    return flat_of(weights @ vp, out.view(shape), at), (qp, kp, vp, qr, kr, vr)
 
 
-def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at: Layout) -> tuple[Tensor, ...]:
+def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at: Layout, cap: float = 0) -> tuple[Tensor, ...]:
     """Gradients of queries, keys and values from that of the result, all (tokens, heads, width), and of keys and values
     before the prefix, (key heads, at.before, width).
     """
-    qp, kp, vp, wp, qr, kr, vr, *weights = kept
-    slopes = weights[2:]  # of the prefix's scores, behind weights and slopes of the rows'
+    qp, kp, vp, qr, kr, vr = kept
     groups, seen = kp.shape[:2]
     gp, gr = _prefix(gradient, groups, at), rows_of(gradient, groups, at)
     gr.view(-1, gr.shape[-1]).index_fill_(0, at.order(gradient.shape[1], groups).pads, 0)  # padding asks for nothing
     shape, gr = gr.shape, gr.flatten(0, 1)
-    sp = _softmax_backward(gp @ vp.mT, wp, slopes)
-    dq, dk, dv = _weighed_backward(gr, qr, kr, vr, *weights[:2]) if weights else _fused_backward(gr, qr, kr, vr)
+    weights, slope = _prefix_weights(qp, kp, at, cap)
+    sp = _softmax_backward(gp @ vp.mT, weights, slope)
+    fused = _is_fused(at, cap)
+    dq, dk, dv = _fused_backward(gr, qr, kr, vr) if fused else _weighed_backward(gr, qr, kr, vr, *_weights(qr, kr, at, cap))
     dq, dk, dv = dq.view(shape), *(x.view(groups, at.rows, 1, -1, shape[-1]) for x in (dk, dv))
     dkp = (sp.mT @ qp).add_(dk[..., :seen, :].sum(1).squeeze(1))
-    dvp = (wp.mT @ gp).add_(dv[..., :seen, :].sum(1).squeeze(1))
+    dvp = (weights.mT @ gp).add_(dv[..., :seen, :].sum(1).squeeze(1))
     return (
         flat_of(sp @ kp, dq, at).mul_(scaling),
         flat_of(dkp[:, at.before :], dk[..., seen:, :], at),
@@ -181,39 +179,50 @@ def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at
     )
 
 
-def _weighed(q: Tensor, k: Tensor, v: Tensor, at: Layout, cap: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Short rows: of queries (groups · B, heads a group, T, width) and what `_seen` makes, the result, like the queries, and
-    attention's weights, with the slopes of a cap.
+def _prefix_weights(q: Tensor, k: Tensor, at: Layout, cap: float) -> tuple[Tensor, Tensor | None]:
+    """Of the prefix, (key heads, heads a group · P, before + P), and the slope of a cap."""
+    scores, slope = _capped(q @ k.mT, cap)
+    scores = scores.view(len(q), -1, at.prefix, k.shape[1]) + at.causal
+    return scores.softmax(-1).flatten(1, 2), slope  # sums are float32 whatever goes in and out
+
+
+def _weights(q: Tensor, k: Tensor, at: Layout, cap: float) -> tuple[Tensor, Tensor | None]:
+    """Of short rows, (groups · B, heads a group · T, before + P + T), and the slope of a cap.
+
+    Queries are (groups · B, heads a group, T, width), keys what `_seen` makes.
     """
-    scores, slopes = _capped(q.flatten(1, 2) @ k.mT, cap)
+    scores, slope = _capped(q.flatten(1, 2) @ k.mT, cap)
     scores = scores.view(*q.shape[:-1], k.shape[1])
     scores[..., -at.width :].add_(at.own)
-    weights = scores.softmax(-1).flatten(1, 2)
-    return (weights @ v).view(q.shape), (weights, *slopes)
+    return scores.softmax(-1).flatten(1, 2), slope
 
 
-def _weighed_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, *slopes: Tensor) -> tuple[Tensor, ...]:
+def _weighed_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, slope: Tensor | None) -> tuple[Tensor, ...]:
     g, q = g.flatten(1, 2), q.flatten(1, 2)
-    s = _softmax_backward(g @ v.mT, weights, slopes)
+    s = _softmax_backward(g @ v.mT, weights, slope)
     return s @ k, s.mT @ q, weights.mT @ g
 
 
-def _softmax_backward(outer: Tensor, weights: Tensor, slopes: Sequence[Tensor]) -> Tensor:
+def _softmax_backward(outer: Tensor, weights: Tensor, slope: Tensor | None) -> Tensor:
     """The gradient of scores before their cap."""
     gradient = torch._softmax_backward_data(outer, weights, -1, weights.dtype)
-    return gradient.mul_(slopes[0]) if slopes else gradient
+    return gradient if slope is None else gradient.mul_(slope)
 
 
-def _capped(scores: Tensor, cap: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _capped(scores: Tensor, cap: float) -> tuple[Tensor, Tensor | None]:
     """c·tanh(s/c) and its slope, 1 − tanh²; the scores alone without a cap."""
     if not cap:
-        return scores, ()
+        return scores, None
     bent = scores.div_(cap).tanh_()
-    return bent * cap, (1 - bent.square(),)
+    return bent * cap, 1 - bent.square()
+
+
+def _is_fused(at: Layout, cap: float) -> bool:
+    return at.long and not cap  # the kernel knows no cap
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Long rows: as `_weighed`, by PyTorch's kernel.
+    """Long rows: the result, like the queries (groups · B, heads a group, T, width), by PyTorch's kernel.
 
     Queries of nobody stand before the row's, one for each key that all of it sees: then what a query sees is what the kernel
     calls causal, which spares it half the products and us a mask. Key heads are expanded, without a copy, since not every

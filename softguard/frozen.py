@@ -98,18 +98,17 @@ class _Layer(torch.autograd.Function):
         middle = linear(attention.o_proj, mixed.flatten(1)).add_(x)
         second, second_scale = _norm(middle, layer.post_attention_layernorm)
         gate, up = linear(mlp.gate_proj, second), linear(mlp.up_proj, second)
-        opened = torch.nn.functional.silu(gate)
-        ctx.save_for_backward(x, first_scale, middle, second_scale, gate, up, opened, *kept)
+        ctx.save_for_backward(x, first_scale, middle, second_scale, gate, up, *kept)
         ctx.layer, ctx.turn, ctx.seen, ctx.has_before = layer, turn, seen, before is not None
-        return linear(mlp.down_proj, opened * up).add_(middle)
+        return linear(mlp.down_proj, torch.nn.functional.silu(gate).mul_(up)).add_(middle)
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        x, first_scale, middle, second_scale, gate, up, opened, *kept = ctx.saved_tensors
+        x, first_scale, middle, second_scale, gate, up, *kept = ctx.saved_tensors
         attention, mlp, (cos, sin) = ctx.layer.self_attn, ctx.layer.mlp, ctx.turn
         into_product = into_input(outer, mlp.down_proj.weight)
         into_gate = torch.ops.aten.silu_backward(into_product * up, gate)
-        into_up = into_product.mul_(opened)
+        into_up = into_product.mul_(torch.nn.functional.silu(gate))  # made once more, since keeping it is no faster
         into_second = into_input(into_up, mlp.up_proj.weight, into_input(into_gate, mlp.gate_proj.weight))
         into_middle = _norm_backward(into_second, middle, second_scale, ctx.layer.post_attention_layernorm).add_(outer)
         into_mixed = into_input(into_middle, attention.o_proj.weight)

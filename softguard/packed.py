@@ -135,11 +135,11 @@ class _Attention(torch.autograd.Function):
         before = None if keys is None or values is None else (keys, values)
         result, kept = attend(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scaling, at, before, cap)
         ctx.save_for_backward(*kept)
-        ctx.scaling, ctx.at = scaling, at
+        ctx.scaling, ctx.at, ctx.cap = scaling, at, cap
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, keys, values = attend_backward(gradient, ctx.saved_tensors, ctx.scaling, ctx.at)
+        q, k, v, keys, values = attend_backward(gradient, ctx.saved_tensors, ctx.scaling, ctx.at, ctx.cap)
         before = (keys, values) if ctx.at.before else (None, None)
         return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), *before, None, None, None
