@@ -6,19 +6,22 @@ A student learns from its teacher, which answers for any text, so prompts need n
 prompt of the file that is short enough is cut `--times` times after a share of its words, and the bundled demo model writes on
 in the user's turn of its template until it ends that turn. What it does not end in time, ends over several lines, or has been
 written before is dropped, and so is what nearly is an evaluation prompt or one of the packaged validation or test splits.
-The new prompts and the file's stand in `--out` together, in an order of chance. Half an hour on two cores.
+The new prompts and the file's stand in `--out` together, in an order of chance. Half an hour on two cores, an hour without
+bfloat16 products; what is written lies in `<out>.parts` until all is, so that a killed run goes on.
 """
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from build_guard import Sources, digest, far_from
 
+from softguard.config import fingerprint
 from softguard.engine import Engine
-from softguard.files import write_text
+from softguard.files import read_json, write_json, write_text
 from softguard.models import load_base
 from softguard.prompts import read_prompts
 
@@ -41,7 +44,8 @@ def main() -> None:
     given = [prompt.text for prompt in read_prompts(str(options.prompts))]
     short = [text for text in given if len(text) <= LONGEST]
     beginnings = [start for text in short for start in _beginnings(text, options.times)]
-    written = list(dict.fromkeys(_continued(beginnings)))
+    parts = options.out.with_name(options.out.name + ".parts")
+    written = list(dict.fromkeys(_continued(beginnings, parts)))
     sources = Sources(options.data)
     kept_out = [row["prompt"] for name in ("eval_harmbench", "eval_xstest") for row in sources.read(name)]
     kept_out += [row["prompt"] for row in sources.packaged() if row["split"] != "train"]
@@ -49,6 +53,7 @@ def main() -> None:
     new = [text for text, far in zip(written, far_from(kept_out, written), strict=True) if far and text not in known]
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in sorted([*given, *new], key=digest)]
     write_text(options.out, "".join(line + "\n" for line in lines))
+    shutil.rmtree(parts)
     print(f"{options.out}: {len(given)} prompts and {len(new)} new ones")
 
 
@@ -59,20 +64,30 @@ def _beginnings(text: str, times: int) -> Iterator[str]:
         yield " ".join(words[: max(2, round(share * len(words)))])
 
 
-def _continued(beginnings: Sequence[str]) -> Iterator[str]:
-    """Every beginning with its end, where the model comes to one."""
-    engine = Engine(load_base("smollm2", "auto"))
+def _continued(beginnings: Sequence[str], parts: Path) -> Iterator[str]:
+    """Every beginning with its end, where the model comes to one; a file of `parts` for each `AT_ONCE` of them."""
+    base = load_base("smollm2", "auto")
+    engine = Engine(base)
     engine.chat.closing = ()  # so that the model goes on in the user's turn
     done = 0
     for start in range(0, len(beginnings), AT_ONCE):
         some = beginnings[start : start + AT_ONCE]
-        for text, made in zip(some, engine.generate(some, NEW_TOKENS, BATCH, TEMPERATURE), strict=True):
-            ended = bool(made.ids) and made.ids[-1] in engine.chat.stop_ids
-            if ended and made.text.strip() and "\n" not in made.text:
-                yield text + made.text.rstrip()
+        part = parts / f"{fingerprint(some, NEW_TOKENS, BATCH, TEMPERATURE, base.fingerprint, base.precision)}.json"
+        if not part.is_file():
+            write_json(part, {"prompts": _ended(engine, some)})
+        yield from read_json(part, "part")["prompts"]
         done += len(some)
         print(f"\r{done}/{len(beginnings)}", end="", flush=True)
     print()
+
+
+def _ended(engine: Engine, beginnings: Sequence[str]) -> list[str]:
+    found = []
+    for text, made in zip(beginnings, engine.generate(beginnings, NEW_TOKENS, BATCH, TEMPERATURE), strict=True):
+        ended = bool(made.ids) and made.ids[-1] in engine.chat.stop_ids
+        if ended and made.text.strip() and "\n" not in made.text:
+            found.append(text + made.text.rstrip())
+    return found
 
 
 if __name__ == "__main__":
