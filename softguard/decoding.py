@@ -134,7 +134,7 @@ def _ascending(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lengths.__getitem__)
 
 
-_ROOM = 32  # columns: growing copies all, an empty column is read in vain
+_ROOM = 32  # columns: growing copies all, an empty column is read in vain; PyTorch's softmax of bfloat16 likes multiples
 
 
 class _Kept(NamedTuple):
@@ -177,7 +177,7 @@ class _PlainRows:
         # (rows, key heads, columns, width); every row's own copy of the prefix first, so that one call attends to all. No part
         # is left out of that call, for what is not contiguous is copied: what a row does not see is hidden, and there is little
         # more room than there are tokens
-        shape = (len(lengths), groups, self.start + self.longest, width)
+        shape = (len(lengths), groups, -(-(self.start + self.longest) // _ROOM) * _ROOM, width)
         self.buffers = [_Kept(*(x.new_zeros(shape) for x in kept)) for kept in prefix]
         behind = torch.arange(shape[2], device=base.device) >= self.start + self.lengths[:, None]
         # (rows, columns) added to scores
