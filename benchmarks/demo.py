@@ -2,8 +2,8 @@
 
     python -m benchmarks.demo [--out runs/demo] [--whole]
 
-Writes benchmarks/results/demo.json, or with --whole, after a demo, demo-full-test.json: the results.json, wall-clock seconds,
-peak memory, load and processor.
+Writes benchmarks/results/demo.json, or with --whole, after a demo, demo-full-test.json, and -plain.json where the processor
+does not multiply bfloat16: the results.json, wall-clock seconds, peak memory, load and processor.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.record import RESULTS, cpu_flags
+from benchmarks.record import RESULTS, cpu_flags, of_machine
 
 
 def main() -> None:
@@ -50,8 +50,9 @@ def _keep(name: str, arguments: list[str], out: Path) -> None:
         "results": json.loads((out / "results.json").read_text()),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=2) + "\n")
-    print(f"{seconds:.0f} s, {kept['peak_memory_gb']} GB; kept in {RESULTS / name}.json")
+    path = RESULTS / f"{of_machine(name, kept)}.json"
+    path.write_text(json.dumps(kept, indent=2) + "\n")
+    print(f"{seconds:.0f} s, {kept['peak_memory_gb']} GB; kept in {path}")
 
 
 if __name__ == "__main__":

@@ -70,13 +70,9 @@ def arguments(description: str | None, rounds: int = 5) -> argparse.ArgumentPars
 
 
 def keep(name: str, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any], **more: Any) -> None:
-    """Write `results/<name>.csv` and `.json`: the rows, and the machine as `before`, from `machine()`, and now.
-
-    Figures of a GPU are files of their own, `<name>-gpu`, and so are those of a processor that does not multiply bfloat16,
-    `<name>-plain`.
-    """
+    """Write `results/<name>.csv` and `.json`: the rows, and the machine as `before`, from `machine()`, and now."""
     RESULTS.mkdir(exist_ok=True)
-    name += "-gpu" if "gpu" in before else "" if multiplies_bfloat16(before) else "-plain"
+    name = of_machine(name, before)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -110,6 +106,13 @@ def machine(threads: int = 0) -> dict[str, Any]:
         "cpu_flags": cpu_flags(),
         "load_before": os.getloadavg(),
     }
+
+
+def of_machine(name: str, before: Mapping[str, Any]) -> str:
+    """The name of a file of results, with an ending for machines whose figures stand beside the others: `-gpu`, and `-plain`
+    for a processor that does not multiply bfloat16.
+    """
+    return name + ("-gpu" if "gpu" in before else "" if multiplies_bfloat16(before) else "-plain")
 
 
 def multiplies_bfloat16(before: Mapping[str, Any]) -> bool:

@@ -149,8 +149,8 @@ def attend(
     if before is not None:
         kp, vp = (torch.cat([x, own], dim=1) for x, own in zip(before, (kp, vp), strict=True))
     weights, _ = _prefix_weights(qp, kp, at, cap)
-    shape, qr, kr, vr = qr.shape, qr.flatten(0, 1), _seen(kp, kr), _seen(vp, vr)
-    out = _fused(qr, kr, vr) if _is_fused(at, cap) else _weights(qr, kr, at, cap)[0] @ vr
+    shape, qr, keys, values = qr.shape, qr.flatten(0, 1), _seen(kp, kr), _seen(vp, vr)
+    out = _fused(qr, keys, values) if _is_fused(at, cap) else _weights(qr, keys, at, cap)[0] @ values
     return flat_of(weights @ vp, out.view(shape), at), (qp, kp, vp, qr, kr, vr)
 
 
@@ -162,7 +162,7 @@ def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at
     groups, seen = kp.shape[:2]
     gp, gr = _prefix(gradient, groups, at), rows_of(gradient, groups, at)
     gr.view(-1, gr.shape[-1]).index_fill_(0, at.order(gradient.shape[1], groups).pads, 0)  # padding asks for nothing
-    shape, gr = gr.shape, gr.flatten(0, 1)
+    shape, gr, kr, vr = gr.shape, gr.flatten(0, 1), _seen(kp, kr), _seen(vp, vr)
     weights, slope = _prefix_weights(qp, kp, at, cap)
     sp = _softmax_backward(gp @ vp.mT, weights, slope)
     fused = _is_fused(at, cap)

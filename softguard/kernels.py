@@ -5,6 +5,7 @@ finished, and the logits dropped. What is kept for the backward pass is one vect
 matrix products to be worth the reading of the head; within it, laws are made of a few tokens at a time, which stay in cache.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -97,7 +98,9 @@ class _PerToken(torch.autograd.Function):
         sloped, weight = ctx.needs_input_grad[0], head.weight
         values = hidden.new_zeros(len(hidden), dtype=torch.promote_types(weight.dtype, torch.float32))
         gradient = torch.zeros_like(hidden) if sloped else None
-        tile = max(_LEAST, _TILE // (weight.element_size() * len(weight)))
+        most = max(_LEAST, _TILE // (weight.element_size() * len(weight)))
+        tiles = math.ceil(len(hidden) / most) or 1
+        tile = math.ceil(len(hidden) / tiles) or 1  # all alike: the largest is what is held
         block = max(torch.get_num_threads(), _BLOCK // len(weight)) if weight.device.type == "cpu" else tile  # a row a thread
         for start in range(0, len(hidden), tile):
             end = min(start + tile, len(hidden))
