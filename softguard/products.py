@@ -1,8 +1,9 @@
 """Products with frozen weights, in the order in which the processor's library makes them fastest.
 
-(tokens, n) @ (n, m) can be asked for as its transpose. In float32 PyTorch's library (MKL) makes few rows up to twice as fast
-that way, and its result, read as (tokens, m), lies in columns; operations on it keep that. A thousand rows gain nothing by it;
-bfloat16 and GPUs, of which it is not measured, are left as they are. The numbers are the same but for rounding.
+(tokens, n) @ (n, m) can be asked for as its transpose. In float32 on processors with AVX2 at most PyTorch's library (MKL) makes
+few rows up to twice as fast that way, and its result, read as (tokens, m), lies in columns; operations on it keep that. A
+thousand rows gain nothing by it, nor does bfloat16 (measured with AMX), and with AVX-512 a head takes up to half as long again.
+All these, and GPUs, are left as they are. The numbers are the same but for rounding.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_TURNED = torch.backends.cpu.get_cpu_capability() == "AVX2"
 _FEW = 512  # rows
 _LONG, _ENOUGH = 2**14, 64  # of fewer rows MKL sums so many terms ten times less exactly when it is turned
 _BLOCK = 512  # of a head's vectors: the product of few rows with as many lies in cache, where turning it costs little
@@ -54,4 +56,4 @@ class _Logits(torch.autograd.Function):
 
 
 def _turns(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and 1 < len(x) <= _FEW
+    return _TURNED and x.dtype == torch.float32 and x.device.type == "cpu" and 1 < len(x) <= _FEW
