@@ -134,7 +134,7 @@ def _ascending(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lengths.__getitem__)
 
 
-_ROOM = 32  # columns: growing copies all, an empty column is read in vain; PyTorch's softmax of bfloat16 likes multiples
+_ROOM = 32  # columns: growing copies all, an empty column is read in vain; softmax of bfloat16 is faster on multiples
 
 
 class _Kept(NamedTuple):

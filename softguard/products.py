@@ -1,6 +1,6 @@
 """Products with frozen weights, in the order in which the processor's library makes them fastest.
 
-(tokens, n) @ (n, m) can be asked for as its transpose. In float32 on processors with AVX2 at most PyTorch's library (MKL) makes
+(tokens, n) @ (n, m) can be asked for as its transpose. In float32 on processors with AVX2 alone PyTorch's library (MKL) makes
 few rows up to twice as fast that way, and its result, read as (tokens, m), lies in columns; operations on it keep that. A
 thousand rows gain nothing by it, nor does bfloat16 (measured with AMX), and with AVX-512 a head takes up to half as long again.
 All these, and GPUs, are left as they are. The numbers are the same but for rounding.

@@ -11,7 +11,7 @@ WIDE = 1_100  # a head of more than two blocks, the last of them short
 
 @pytest.fixture(autouse=True, params=["turned", "plain"])
 def turned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Few rows as on processors with AVX2 at most, and as on others."""
+    """Few rows as on processors with AVX2 alone, and as on others."""
     monkeypatch.setattr(products, "_TURNED", request.param == "turned")
     return bool(request.param == "turned")
 
