@@ -1,6 +1,6 @@
-"""Attention over one flat sequence: a prefix, then rows that all continue it and do not see each other. No row is padded
-outside of it, and the prefix's keys and values are there once. Before the prefix may stand keys and values that belong to no
-token, those of a key/value prefix.
+"""Attention over one flat sequence: a prefix, then rows that all continue it and do not see each other. Rows of nearly one
+length are padded to each other inside of it, no others and nowhere else, and the prefix's keys and values are there once.
+Before the prefix may stand keys and values that belong to no token, those of a key/value prefix.
 
 Attention's weights grow with the square of a row's length, so what is kept for the backward pass is attention's inputs alone,
 and the weights are made once more for the gradient: those of short rows by operations that are written out, those of long
@@ -18,39 +18,23 @@ LONG = 512  # tokens; on a processor the fused kernel draws level near 300 in fl
 
 
 class Layout:
-    """Where the tokens of P prefix positions and B rows of at most T tokens stand in the flat sequence.
+    """Where the tokens of P prefix positions and of rows stand in the flat sequence, the rows in groups of alike lengths."""
 
-    Attention's own order is (key heads, B, queries' heads a key head, T), rows padded on the right.
-    """
-
-    def __init__(self, prefix: int, lengths: Sequence[int], like: Tensor, before: int = 0) -> None:
-        """For rows of `lengths` tokens, and tensors of the dtype and on the device of `like`.
+    def __init__(self, prefix: int, groups: Sequence[Sequence[int]], like: Tensor, before: int = 0) -> None:
+        """For rows of as many tokens as `groups` says, in that order, and tensors of the dtype and on the device of `like`.
 
         `before`: keys and values that stand before the prefix and are no token's.
         """
-        self.prefix, self.rows, self.width, self.before = prefix, len(lengths), max(lengths), before
-        self.long = self.width > LONG
-        position, size = torch.arange(self.width), torch.tensor(lengths)
-        there = position < size[:, None]  # (B, T)
-        self.tokens = prefix + int(size.sum())
-        self._like = like.new_empty(0)
-        self._token = prefix + torch.where(there, (size.cumsum(0) - size)[:, None] + position, 0)  # (B, T)
-        self._there = there.flatten()  # (B·T,), False on padding
-        self._orders: dict[tuple[int, int], _Order] = {}
+        self.prefix, self.before, self._like = prefix, before, like.new_empty(0)
+        self.groups = [Rows(lengths, like) for lengths in groups]
+        ends = [prefix, *(prefix + sum(rows.tokens for rows in self.groups[: n + 1]) for n in range(len(self.groups)))]
+        self.places = [slice(*ends[n : n + 2]) for n in range(len(self.groups))]
+        self.tokens, self.width = ends[-1], max(rows.width for rows in self.groups)
 
     @cached_property
     def causal(self) -> Tensor:
         """(P, before + P) added to scores of the prefix."""
-        return self._later(self.prefix, self.before + self.prefix)
-
-    @cached_property
-    def own(self) -> Tensor:
-        """(T, T) added to scores within any row: its padding comes later than all of its tokens."""
-        return self._later(self.width, self.width)
-
-    def _later(self, queries: int, keys: int) -> Tensor:
-        """(queries, keys) that hides what comes after a query, the last of which stands at the last key."""
-        return self._like.new_full((queries, keys), torch.finfo(self._like.dtype).min).triu_(1 + keys - queries)
+        return _later(self.prefix, self.before + self.prefix, self._like)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, scaling: float, before: tuple[Tensor, Tensor] | None
@@ -62,6 +46,29 @@ class Layout:
         """`attend_backward` in this layout."""
         return attend_backward(gradient, kept, scaling, self)
 
+
+class Rows:
+    """B rows of at most T tokens, which stand one behind the other in a flat sequence of their own.
+
+    Attention's own order is (key heads, B, queries' heads a key head, T), rows padded on the right.
+    """
+
+    def __init__(self, lengths: Sequence[int], like: Tensor) -> None:
+        """For rows of `lengths` tokens, and tensors of the dtype and on the device of `like`."""
+        self.count, self.width, self.tokens = len(lengths), max(lengths), sum(lengths)
+        self.long = self.width > LONG
+        position, size = torch.arange(self.width), torch.tensor(lengths)
+        there = position < size[:, None]  # (B, T)
+        self._like = like.new_empty(0)
+        self._token = torch.where(there, (size.cumsum(0) - size)[:, None] + position, 0)  # (B, T)
+        self._there = there.flatten()  # (B·T,), False on padding
+        self._orders: dict[tuple[int, int], _Order] = {}
+
+    @cached_property
+    def own(self) -> Tensor:
+        """(T, T) added to scores within any row: its padding comes later than all of its tokens."""
+        return _later(self.width, self.width, self._like)
+
     def order(self, heads: int, groups: int) -> "_Order":
         """Indices for tensors of so many heads that share `groups` key heads."""
         if (heads, groups) not in self._orders:
@@ -71,6 +78,17 @@ class Layout:
             indices = spread, place[self._there], place[~self._there]
             self._orders[heads, groups] = _Order(*(i.flatten().to(self._like.device) for i in indices))
         return self._orders[heads, groups]
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices by ascending length, in groups of which padding takes at most a quarter more than the rows themselves."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups and (len(groups[-1]) + 1) * lengths[i] <= 1.25 * (sum(lengths[j] for j in groups[-1]) + lengths[i]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 class Beside:
@@ -142,41 +160,51 @@ def attend(
     `before`: keys and values (key heads, at.before, width) that every token sees. `cap`: c of scores c·tanh(s/c), if they are
     capped. Returns (tokens, heads, width) and what `attend_backward` needs.
     """
-    groups = k.shape[1]
+    heads = k.shape[1]
     q = q * scaling
-    qp, kp, vp = (_prefix(x, groups, at) for x in (q, k, v))
-    qr, kr, vr = (rows_of(x, groups, at) for x in (q, k, v))
+    qp, kp, vp = (_prefix(x, heads, at) for x in (q, k, v))
     if before is not None:
         kp, vp = (torch.cat([x, own], dim=1) for x, own in zip(before, (kp, vp), strict=True))
-    weights, _ = _prefix_weights(qp, kp, at, cap)
-    shape, qr, keys, values = qr.shape, qr.flatten(0, 1), _seen(kp, kr), _seen(vp, vr)
-    out = _fused(qr, keys, values) if _is_fused(at, cap) else _weights(qr, keys, at, cap)[0] @ values
-    return flat_of(weights @ vp, out.view(shape), at), (qp, kp, vp, qr, kr, vr)
+    result = torch.empty_like(q)
+    _put_prefix(_prefix_weights(qp, kp, at, cap)[0] @ vp, result)
+    kept = [qp, kp, vp]
+    for rows, place in zip(at.groups, at.places, strict=True):
+        qr, kr, vr = (rows_of(x[place], heads, rows) for x in (q, k, v))
+        shape, queries, keys, values = qr.shape, qr.flatten(0, 1), _seen(kp, kr), _seen(vp, vr)
+        kept += [queries, kr, vr]
+        fused = _is_fused(rows, cap)
+        mixed = _fused(queries, keys, values) if fused else _weights(queries, keys, rows, cap)[0] @ values
+        flat_of(mixed.view(shape), rows, result[place])
+    return result, tuple(kept)
 
 
 def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at: Layout, cap: float = 0) -> tuple[Tensor, ...]:
     """Gradients of queries, keys and values from that of the result, all (tokens, heads, width), and of keys and values
     before the prefix, (key heads, at.before, width).
     """
-    qp, kp, vp, qr, kr, vr = kept
-    groups, seen = kp.shape[:2]
-    gp, gr = _prefix(gradient, groups, at), rows_of(gradient, groups, at)
-    gr.view(-1, gr.shape[-1]).index_fill_(0, at.order(gradient.shape[1], groups).pads, 0)  # padding asks for nothing
-    shape, gr, kr, vr = gr.shape, gr.flatten(0, 1), _seen(kp, kr), _seen(vp, vr)
+    qp, kp, vp, *of_groups = kept
+    heads, seen, width = kp.shape
+    gp = _prefix(gradient, heads, at)
     weights, slope = _prefix_weights(qp, kp, at, cap)
     sp = _softmax_backward(gp @ vp.mT, weights, slope)
-    fused = _is_fused(at, cap)
-    dq, dk, dv = _fused_backward(gr, qr, kr, vr) if fused else _weighed_backward(gr, qr, kr, vr, *_weights(qr, kr, at, cap))
-    dq, dk, dv = dq.view(shape), *(x.view(groups, at.rows, 1, -1, shape[-1]) for x in (dk, dv))
-    dkp = (sp.mT @ qp).add_(dk[..., :seen, :].sum(1).squeeze(1))
-    dvp = (weights.mT @ gp).add_(dv[..., :seen, :].sum(1).squeeze(1))
-    return (
-        flat_of(sp @ kp, dq, at).mul_(scaling),
-        flat_of(dkp[:, at.before :], dk[..., seen:, :], at),
-        flat_of(dvp[:, at.before :], dv[..., seen:, :], at),
-        dkp[:, : at.before],
-        dvp[:, : at.before],
-    )
+    dkp, dvp = sp.mT @ qp, weights.mT @ gp
+    into_q, into_k, into_v = torch.empty_like(gradient), *(gradient.new_empty(at.tokens, heads, width) for _ in range(2))
+    for number, (rows, place) in enumerate(zip(at.groups, at.places, strict=True)):
+        qr, kr, vr = of_groups[3 * number :][:3]
+        gr = rows_of(gradient[place], heads, rows)
+        gr.view(-1, width).index_fill_(0, rows.order(gradient.shape[1], heads).pads, 0)  # padding asks for nothing
+        shape, gr, keys, values = gr.shape, gr.flatten(0, 1), _seen(kp, kr), _seen(vp, vr)
+        if _is_fused(rows, cap):
+            dq, dk, dv = _fused_backward(gr, qr, keys, values)
+        else:
+            dq, dk, dv = _weighed_backward(gr, qr, keys, values, *_weights(qr, keys, rows, cap))
+        dk, dv = (x.view(heads, rows.count, 1, -1, width) for x in (dk, dv))
+        dkp, dvp = (into.add_(x[..., :seen, :].sum(1).squeeze(1)) for into, x in ((dkp, dk), (dvp, dv)))
+        for x, into in ((dq.view(shape), into_q), (dk[..., seen:, :], into_k), (dv[..., seen:, :], into_v)):
+            flat_of(x, rows, into[place])
+    for x, into in ((sp @ kp, into_q), (dkp[:, at.before :], into_k), (dvp[:, at.before :], into_v)):
+        _put_prefix(x, into)
+    return into_q.mul_(scaling), into_k, into_v, dkp[:, : at.before], dvp[:, : at.before]
 
 
 def _prefix_weights(q: Tensor, k: Tensor, at: Layout, cap: float) -> tuple[Tensor, Tensor | None]:
@@ -186,14 +214,14 @@ def _prefix_weights(q: Tensor, k: Tensor, at: Layout, cap: float) -> tuple[Tenso
     return scores.softmax(-1).flatten(1, 2), slope  # sums are float32 whatever goes in and out
 
 
-def _weights(q: Tensor, k: Tensor, at: Layout, cap: float) -> tuple[Tensor, Tensor | None]:
+def _weights(q: Tensor, k: Tensor, rows: Rows, cap: float) -> tuple[Tensor, Tensor | None]:
     """Of short rows, (groups · B, heads a group · T, before + P + T), and the slope of a cap.
 
     Queries are (groups · B, heads a group, T, width), keys what `_seen` makes.
     """
     scores, slope = _capped(q.flatten(1, 2) @ k.mT, cap)
     scores = scores.view(*q.shape[:-1], k.shape[1])
-    scores[..., -at.width :].add_(at.own)
+    scores[..., -rows.width :].add_(rows.own)
     return scores.softmax(-1).flatten(1, 2), slope
 
 
@@ -217,8 +245,8 @@ def _capped(scores: Tensor, cap: float) -> tuple[Tensor, Tensor | None]:
     return bent * cap, 1 - bent.square()
 
 
-def _is_fused(at: Layout, cap: float) -> bool:
-    return at.long and not cap  # the kernel knows no cap
+def _is_fused(rows: Rows, cap: float) -> bool:
+    return rows.long and not cap  # the kernel knows no cap
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -253,18 +281,27 @@ def _prefix(x: Tensor, groups: int, at: Layout) -> Tensor:
     return x[: at.prefix].transpose(0, 1).reshape(groups, -1, x.shape[-1])
 
 
-def rows_of(x: Tensor, groups: int, at: Layout) -> Tensor:
+def _put_prefix(x: Tensor, into: Tensor) -> None:
+    """Of what `_prefix` makes into the beginning of (tokens, heads, width)."""
+    heads = into.shape[1]
+    prefix = x.reshape(heads, -1, x.shape[-1])
+    into[: prefix.shape[1]] = prefix.transpose(0, 1)
+
+
+def rows_of(x: Tensor, groups: int, rows: Rows) -> Tensor:
     """(tokens, heads, width) to the rows' (groups, B, heads a group, T, width); padding holds some token."""
     _, heads, width = x.shape
-    order = at.order(heads, groups)
-    return x.reshape(-1, width).index_select(0, order.spread).view(groups, at.rows, -1, at.width, width)
+    order = rows.order(heads, groups)
+    return x.reshape(-1, width).index_select(0, order.spread).view(groups, rows.count, -1, rows.width, width)
 
 
-def flat_of(prefix: Tensor, rows: Tensor, at: Layout) -> Tensor:
-    """Back to (tokens, heads, width) from what `_prefix` and `rows_of` make."""
-    heads, width = rows.shape[0] * rows.shape[2], rows.shape[-1]
-    result = rows.new_empty(at.tokens, heads, width)
-    result[: at.prefix] = prefix.reshape(heads, at.prefix, width).transpose(0, 1)
-    order = at.order(heads, rows.shape[0])
-    torch.index_select(rows.reshape(-1, width), 0, order.gather, out=result[at.prefix :].view(-1, width))
-    return result
+def flat_of(x: Tensor, rows: Rows, out: Tensor) -> Tensor:
+    """Back into `out`, (tokens, heads, width), from what `rows_of` makes."""
+    width = x.shape[-1]
+    torch.index_select(x.reshape(-1, width), 0, rows.order(out.shape[1], x.shape[0]).gather, out=out.view(-1, width))
+    return out
+
+
+def _later(queries: int, keys: int, like: Tensor) -> Tensor:
+    """(queries, keys) that hides what comes after a query, the last of which stands at the last key."""
+    return like.new_full((queries, keys), torch.finfo(like.dtype).min).triu_(1 + keys - queries)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softguard import frozen
 from softguard.adapters import Adapter
-from softguard.attention import Beside, Layout, flat_of, rows_of
+from softguard.attention import Beside, Rows, alike, flat_of, rows_of
 from softguard.chat import Chat, align
 from softguard.gate import Gate
 from softguard.models import BaseModel
@@ -114,17 +114,6 @@ def gated_log_odds(gate: Gate, prefix: Resident, prompts: Sequence[Sequence[int]
     return result
 
 
-def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices by ascending length, in groups of which padding takes at most a quarter more than the rows themselves."""
-    groups: list[list[int]] = []
-    for i in _ascending(lengths):
-        if groups and (len(groups[-1]) + 1) * lengths[i] <= 1.25 * (sum(lengths[j] for j in groups[-1]) + lengths[i]):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
 def equal(lengths: Sequence[int]) -> list[list[int]]:
     """Indices by ascending length, in groups of one length each."""
     return [list(group) for _, group in groupby(_ascending(lengths), key=lengths.__getitem__)]
@@ -195,7 +184,7 @@ class _PlainRows:
         ids = torch.tensor([token for i in order for token in prompts[i]], device=base.device)
         positions = torch.cat([self.start + torch.arange(lengths[i]) for i in order]).to(base.device)
         together = [_Together(self, group, [lengths[i] for i in group]) for group in groups]
-        sizes = [part.at.tokens for part in together]
+        sizes = [part.own.tokens for part in together]
         count = len(ids)
         aside = None if gate is None else _Aside(self, gate, self.start + self.lengths - len(gate.closing))
         if aside is not None:  # behind all rows, their closings once more
@@ -275,28 +264,28 @@ class _Together:
     """Some of the rows, alike in length, whose own tokens stand together in the flat sequence."""
 
     def __init__(self, rows: _PlainRows, group: list[int], lengths: list[int]) -> None:
-        self.rows, self.at = rows, Layout(0, lengths, rows.prefix[0].keys)
+        self.rows, self.own = rows, Rows(lengths, rows.prefix[0].keys)
         device = rows.lengths.device
         # a slice is no copy: where all rows are alike and in order, what they see is read where it is kept
         whole = group == list(range(len(rows.lengths)))
         self.index: slice | Tensor = slice(None) if whole else torch.tensor(group, device=device)
-        self.width = rows.start + self.at.width
+        self.width = rows.start + self.own.width
         tokens = torch.arange(self.width, device=device)
-        self.seen = tokens <= rows.start + torch.arange(self.at.width, device=device)[:, None]  # padding is behind
+        self.seen = tokens <= rows.start + torch.arange(self.own.width, device=device)[:, None]  # padding is behind
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As of `frozen.infer`; puts the rows' keys and values into their buffers."""
         groups, start = k.shape[1], self.rows.start
         for buffer, resident, own in zip(self.rows.buffers[index], self.rows.prefix[index], (k, v), strict=True):
             buffer[self.index, :, :start] = resident
-            buffer[self.index, :, start : self.width] = rows_of(own, groups, self.at).squeeze(2).transpose(0, 1)
+            buffer[self.index, :, start : self.width] = rows_of(own, groups, self.own).squeeze(2).transpose(0, 1)
         keys, values = (buffer[self.index, :, : self.width] for buffer in self.rows.buffers[index])
-        rows = rows_of(q, groups, self.at)
+        rows = rows_of(q, groups, self.own)
         mixed = torch.nn.functional.scaled_dot_product_attention(
             rows.transpose(0, 1).flatten(1, 2), keys, values, self.seen, scale=self.rows.scaling, enable_gqa=True
         )
-        mixed = mixed.view(self.at.rows, groups, -1, *mixed.shape[2:]).transpose(0, 1)
-        return flat_of(mixed.new_empty(0, mixed.shape[-1]), mixed, self.at)
+        mixed = mixed.view(self.own.count, groups, -1, *mixed.shape[2:]).transpose(0, 1)
+        return flat_of(mixed, self.own, torch.empty_like(q))
 
 
 class _Aside:

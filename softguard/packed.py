@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from softguard import frozen
 from softguard.adapted import changed_inside
-from softguard.attention import Layout, attend, attend_backward
+from softguard.attention import Layout, alike, attend, attend_backward
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
 from softguard.prefix import ConstantPrefix
@@ -39,14 +40,16 @@ def packed_hidden(
 
     Gradients reach the prefix. Raises SoftguardError for a model whose attention sees less than the whole row.
     """
-    lengths = [len(row) for row in rows]
+    groups = alike([len(row) for row in rows])
+    order = [i for group in groups for i in group]  # of the rows in the flat sequence
+    lengths = [len(rows[i]) for i in order]
     length, device, before = len(prefix.embeddings), prefix.embeddings.device, prefix.length - len(prefix.embeddings)
-    ids = torch.tensor([i for row in rows for i in row], device=device)
+    ids = torch.tensor([token for i in order for token in rows[i]], device=device)
     positions = before + torch.cat([torch.arange(length), *(length + torch.arange(n) for n in lengths)]).to(device)
-    ends = length + torch.tensor(lengths).cumsum(0)
-    kept = torch.cat([torch.arange(end - n, end) for end, n in zip(ends.tolist(), wanted, strict=True)]).to(device)
+    ends = dict(zip(order, (length + np.cumsum(lengths)).tolist(), strict=True))
+    kept = torch.cat([torch.arange(ends[i] - n, ends[i]) for i, n in enumerate(wanted)]).to(device)
     embeddings = torch.cat([prefix.embeddings, base.model.get_input_embeddings()(ids)])
-    at = Layout(length, lengths, prefix.embeddings, before)
+    at = Layout(length, [[len(rows[i]) for i in group] for group in groups], prefix.embeddings, before)
     decoder = base.model.get_decoder()
     if frozen.is_plain(decoder) and not changed_inside(decoder):
         hidden = frozen.run_layers(decoder, embeddings, positions, [at] * len(decoder.layers), prefix.keys_values)
@@ -81,7 +84,7 @@ def _check(decoder: Any) -> None:
     first, second = torch.arange(4, device=decoder.device), torch.arange(4, 7, device=decoder.device)
     embeddings = decoder.get_input_embeddings()(torch.cat([first, second]))
     positions = torch.tensor([0, 1, 2, 3, 1, 2, 3], device=decoder.device)
-    at = Layout(1, [3, 3], embeddings, 0)
+    at = Layout(1, [[3, 3]], embeddings)
     alone = decoder(inputs_embeds=embeddings[[0, 4, 5, 6]][None], use_cache=False).last_hidden_state[0, 1:].float()
     try:
         packed = _run_any(decoder, embeddings, positions, at, None)[4:].float()

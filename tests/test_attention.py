@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from softguard import attention
-from softguard.attention import LONG, Beside, Layout, attend, attend_backward
+from softguard.attention import LONG, Beside, Layout, alike, attend, attend_backward
 
 WIDTH = 4
 
@@ -47,11 +47,11 @@ def token_by_token(q: Tensor, k: Tensor, v: Tensor, scaling: float, prefix: int,
 
 
 def ours(
-    q: Tensor, k: Tensor, v: Tensor, outer: Tensor, scaling: float, prefix: int, lengths: list[int]
+    q: Tensor, k: Tensor, v: Tensor, outer: Tensor, scaling: float, prefix: int, *groups: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `token_by_token` gives and its gradients of q, k and v, keys and values before the prefix with the others."""
     before = len(k) - len(q)
-    at = Layout(prefix, lengths, q, before)
+    at = Layout(prefix, groups, q, before)
     with torch.no_grad():
         ahead = (k[:before].transpose(0, 1), v[:before].transpose(0, 1)) if before else None
         out, kept = attend(q, k[before:], v[before:], scaling, at, ahead)
@@ -62,16 +62,17 @@ def ours(
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (6, 1)])
-@pytest.mark.parametrize("lengths", [[3], [2, 2, 2], [1, 5, 3]])
+@pytest.mark.parametrize("groups", [[[3]], [[2, 2, 2]], [[1, 5, 3]], [[2, 1], [5], [3, 4]]])
 @pytest.mark.parametrize("before", [0, 2])
-def test_values_and_gradients_are_those_of_attention(lengths: list[int], heads: tuple[int, int], before: int) -> None:
+def test_values_and_gradients_are_those_of_attention(groups: list[list[int]], heads: tuple[int, int], before: int) -> None:
+    lengths = [length for group in groups for length in group]
     prefix, tokens = 3, 3 + sum(lengths)
     q = random(tokens, heads[0], WIDTH, seed=0).requires_grad_()
     k, v = (random(before + tokens, heads[1], WIDTH, seed=i).requires_grad_() for i in (1, 2))
     expected = token_by_token(q, k, v, 0.7, prefix, lengths)
     outer = random(*expected.shape, seed=9)
     theirs = expected, *torch.autograd.grad((outer * expected).sum(), (q, k, v))
-    torch.testing.assert_close(ours(q, k, v, outer, 0.7, prefix, lengths), theirs)
+    torch.testing.assert_close(ours(q, k, v, outer, 0.7, prefix, *groups), theirs)
 
 
 @pytest.mark.usefixtures("path")
@@ -103,7 +104,7 @@ def test_what_rows_keep_grows_with_their_length() -> None:
     kept = []
     for length in (50, 150, 250):
         q, k, v = (random(1 + length, heads, WIDTH, seed=0) for heads in (4, 2, 2))
-        kept.append(sum(x.nbytes for x in attend(q, k, v, 1.0, Layout(1, [length], q))[1]))
+        kept.append(sum(x.nbytes for x in attend(q, k, v, 1.0, Layout(1, [[length]], q))[1]))
     assert kept[2] - kept[1] == kept[1] - kept[0]
 
 
@@ -111,15 +112,22 @@ def test_what_rows_keep_grows_with_their_length() -> None:
 def test_long_rows_run_fused_both_ways(dtype: torch.dtype) -> None:
     q, k, v = (random(LONG + 9, heads, 16, seed=0).to(dtype) for heads in (4, 2, 2))
     with profile(activities=[ProfilerActivity.CPU]) as seen:
-        ours(q, k, v, q, 1.0, 4, [LONG + 1, 4])
+        ours(q, k, v, q, 1.0, 4, [4], [LONG + 1])
     names = {event.key for event in seen.key_averages()}
     assert {f"aten::_scaled_dot_product_flash_attention_for_cpu{end}" for end in ("", "_backward")} <= names
 
 
 @pytest.mark.usefixtures("path")
+def test_short_rows_are_not_padded_to_long_ones() -> None:
+    q, k, v = (random(3 + 8 * 5 + 100, heads, WIDTH, seed=0) for heads in (4, 2, 2))
+    _, kept = attend(q, k, v, 1.0, Layout(3, [[5] * 8, [100]], q))
+    assert sum(x.nbytes for x in kept) == sum(x.nbytes for x in (q, k, v))
+
+
+@pytest.mark.usefixtures("path")
 def test_rows_do_not_see_each_other() -> None:
     q, k, v = (random(9, 2, WIDTH, seed=i) for i in range(3))
-    at = Layout(3, [2, 4], q)
+    at = Layout(3, [[2, 4]], q)
     before, _ = attend(q, k, v, 1.0, at)
     k[3:5], v[3:5] = 7.0, 7.0  # the first row's
     after, _ = attend(q, k, v, 1.0, at)
@@ -153,3 +161,12 @@ def test_tokens_beside_a_gate_see_their_row_the_gate_and_each_other(heads: tuple
         gradients = beside.backward(outer, kept, 0.7)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(gradients, theirs)
+
+
+def test_rows_alike_in_length_run_together_with_little_padding() -> None:
+    lengths = [30, 9, 300, 10, 28, 11, 290]
+    groups = alike(lengths)
+    assert groups == [[1, 3, 5], [4, 0], [6, 2]]
+    for group in groups:
+        assert len(group) * max(lengths[i] for i in group) <= 1.25 * sum(lengths[i] for i in group)
+    assert alike([]) == []

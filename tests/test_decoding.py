@@ -7,7 +7,7 @@ from torch import Tensor
 from softguard import decoding, frozen
 from softguard.adapters import Adapter, Kind
 from softguard.chat import Chat
-from softguard.decoding import alike, make_resident
+from softguard.decoding import make_resident
 from softguard.models import BaseModel
 from softguard.prefix import constant_prefix
 from tests.references import random_adapter, whole_row
@@ -70,12 +70,3 @@ def test_one_prefix_serves_many_batches(small: BaseModel) -> None:
     rows.step(torch.tensor([7, 17, 27]))
     again, _ = resident.begin(ROWS)
     assert torch.equal(first.logits, again.logits)
-
-
-def test_rows_alike_in_length_run_together_with_little_padding() -> None:
-    lengths = [30, 9, 300, 10, 28, 11, 290]
-    groups = alike(lengths)
-    assert groups == [[1, 3, 5], [4, 0], [6, 2]]
-    for group in groups:
-        assert len(group) * max(lengths[i] for i in group) <= 1.25 * sum(lengths[i] for i in group)
-    assert alike([]) == []

@@ -48,4 +48,4 @@ def test_a_layer_of_another_make_is_left_to_transformers(
 
 
 def test_a_layout_knows_its_tokens() -> None:
-    assert Layout(3, [2, 4], torch.zeros(1)).tokens == 9
+    assert Layout(3, [[2, 4]], torch.zeros(1)).tokens == 9
