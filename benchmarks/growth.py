@@ -1,4 +1,5 @@
-"""How time and memory grow: corpus from 1,000 to 100,000 prompts, training with length of the rows and with their number.
+"""How time and memory grow: corpus from 1,000 to 100,000 prompts, training with length of the rows, with that of one row among
+short ones, and with their number.
 
     python -m benchmarks.growth [--rounds 3] [--threads 2]
 
@@ -16,7 +17,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.record import alternate, arguments, keep, machine
 
@@ -96,16 +97,20 @@ def even(prompts: list[str], responses: list[str] | None) -> list[float]:
 
 
 def _steps(rounds: int) -> list[dict[str, Any]]:
-    from benchmarks.step import Shape, our_trainer
+    from benchmarks.step import Answers, Shape, our_trainer
     from softguard.models import load_base
 
     base = load_base(dtype="auto")
     rows = []
     shapes = [("row length, batch 4", n, Shape(4, n // 2, n // 2)) for n in LENGTHS]
     shapes += [("batch, 60 + 64 tokens", n, Shape(n, 60, 64)) for n in BATCHES]
+    shapes += [("tokens, one long row among 15 of 124", 15 * 124 + n, Shape(1, n - 64, 64)) for n in LENGTHS]
     for what, size, shape in shapes:
         trainer = our_trainer(base, shape, keep_hidden=False)
-        timing = alternate({"step": partial(trainer._train_step, list(range(shape.batch)), 0)}, rounds)["step"]
+        answers = cast(Answers, trainer.corpus).all
+        if "among" in what:
+            answers += cast(Answers, our_trainer(base, Shape(15, 60, 64), keep_hidden=False).corpus).all
+        timing = alternate({"step": partial(trainer._train_step, list(range(len(answers))), 0)}, rounds)["step"]
         rows.append({"what": what, "size": size, **timing.row()})
         print(rows[-1], flush=True)
     return rows

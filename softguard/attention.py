@@ -91,59 +91,72 @@ def alike(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
+class Group(NamedTuple):
+    """Rows that `Beside` takes together: their keys and values, and what each of the T tokens beside them sees."""
+
+    keys: Tensor  # (rows, key heads, tokens, width), without a gradient; values alike
+    values: Tensor
+    seen: Tensor  # (rows, T, tokens + gate's + T), False on padding and on what comes later
+
+
 class Beside:
     """Attention of T tokens a row that stand beside keys and values of their own, the gate's, behind what the row has seen.
 
-    In attention's order for them, (rows, key heads, queries' heads a key head · T, width).
+    In attention's order for them, (rows, key heads, queries' heads a key head · T, width), a group of rows after the other.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, seen: Tensor) -> None:
-        """`keys`, `values`: (rows, key heads, tokens, width) of the rows, without a gradient. `seen`: (rows, T, tokens + gate's
-        + T), False on padding and on what comes later.
-        """
-        self._keys, self._values, self._seen = keys, values, seen
+    def __init__(self, groups: Sequence[Group]) -> None:
+        """For rows in the order of `groups`."""
+        self._groups = groups
+        self._rows = [len(group.seen) for group in groups]
+        self._tokens = groups[0].seen.shape[1]
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, scaling: float, before: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(rows · T, heads, width) queries, keys and values alike; `before`: the gate's, (rows, key heads, n_soft, width)."""
         assert before is not None
-        groups, heads = k.shape[1], q.shape[1]
-        q = self._rows(q * scaling, groups)
-        keys, values = (
-            torch.cat([row, gate, self._rows(own, groups)], dim=2)
-            for row, gate, own in zip((self._keys, self._values), before, (k, v), strict=True)
+        heads = k.shape[1]
+        parts = zip(
+            self._groups, *map(self._split, (q * scaling, k, v)), *(torch.split(x, self._rows) for x in before), strict=True
         )
-        scores = (q @ keys.mT).view(len(q), groups, -1, *self._seen.shape[1:])
-        scores.masked_fill_(~self._seen[:, None, None], torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1).flatten(2, 3)
-        return self._flat(weights @ values, heads), (q, keys, values, weights)
+        results, kept = [], []
+        for (keys, values, seen), *own, gate_keys, gate_values in parts:
+            q, k, v = (self._beside(x, heads) for x in own)
+            keys, values = torch.cat([keys, gate_keys, k], dim=2), torch.cat([values, gate_values, v], dim=2)
+            scores = (q @ keys.mT).view(len(q), heads, -1, *seen.shape[1:])
+            scores.masked_fill_(~seen[:, None, None], torch.finfo(scores.dtype).min)
+            weights = scores.softmax(-1).flatten(2, 3)
+            results.append(self._flat(weights @ values, own[0].shape[1]))
+            kept += [q, keys, values, weights]
+        return torch.cat(results), tuple(kept)
 
     def backward(self, gradient: Tensor, kept: Sequence[Tensor], scaling: float) -> tuple[Tensor, ...]:
         """Gradients of queries, keys and values, (rows · T, heads, width), and of the gate's, as `before`."""
-        q, keys, values, weights = kept
-        groups, rows = keys.shape[1], self._keys.shape[2]
-        g = self._rows(gradient, groups)
-        s = torch._softmax_backward_data(g @ values.mT, weights, -1, weights.dtype)
-        dk, dv = s[..., rows:].mT @ q, weights[..., rows:].mT @ g  # what the row has seen needs none
-        gate = keys.shape[2] - rows - self._seen.shape[1]
-        return (
-            self._flat(s @ keys, gradient.shape[1]).mul_(scaling),
-            self._flat(dk[:, :, gate:], groups),
-            self._flat(dv[:, :, gate:], groups),
-            dk[:, :, :gate],
-            dv[:, :, :gate],
-        )
+        found: list[tuple[Tensor, ...]] = []
+        for number, (group, outer) in enumerate(zip(self._groups, self._split(gradient), strict=True)):
+            q, keys, values, weights = kept[4 * number :][:4]
+            heads, rows = keys.shape[1], group.keys.shape[2]
+            g = self._beside(outer, heads)
+            s = torch._softmax_backward_data(g @ values.mT, weights, -1, weights.dtype)
+            dk, dv = s[..., rows:].mT @ q, weights[..., rows:].mT @ g  # what the row has seen needs none
+            gate = keys.shape[2] - rows - self._tokens
+            own = (self._flat(x[:, :, gate:], heads) for x in (dk, dv))
+            found.append((self._flat(s @ keys, gradient.shape[1]), *own, dk[:, :, :gate], dv[:, :, :gate]))
+        dq, *others = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return dq.mul_(scaling), *others
 
-    def _rows(self, x: Tensor, groups: int) -> Tensor:
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(rows · T, …) by group."""
+        return torch.split(x, [rows * self._tokens for rows in self._rows])
+
+    def _beside(self, x: Tensor, groups: int) -> Tensor:
         """(rows · T, heads, width) to attention's order."""
-        tokens = self._seen.shape[1]
-        return x.view(-1, tokens, groups, x.shape[1] // groups, x.shape[2]).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        return x.view(-1, self._tokens, groups, x.shape[1] // groups, x.shape[2]).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     def _flat(self, x: Tensor, heads: int) -> Tensor:
         """And back."""
-        tokens = self._seen.shape[1]
-        return x.view(len(x), heads, tokens, x.shape[-1]).transpose(1, 2).reshape(-1, heads, x.shape[-1])
+        return x.view(len(x), heads, self._tokens, x.shape[-1]).transpose(1, 2).reshape(-1, heads, x.shape[-1])
 
 
 class _Order(NamedTuple):

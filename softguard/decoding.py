@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softguard import frozen
 from softguard.adapters import Adapter
-from softguard.attention import Beside, Rows, alike, flat_of, rows_of
+from softguard.attention import Beside, Group, Rows, alike, flat_of, rows_of
 from softguard.chat import Chat, align
 from softguard.gate import Gate
 from softguard.models import BaseModel
@@ -58,7 +58,7 @@ class Resident(NamedTuple):
     begin: Begin
     together: Callable[[Sequence[int]], list[list[int]]]  # indices of rows by ascending length, those that can run together
     caches: Callable[[Sequence[Sequence[int]]], Caches] | None = None  # of prompts
-    resume: Callable[[Caches], Decoding] | None = None  # as `begin` leaves rows
+    closed: Callable[[Caches, Gate], Tensor] | None = None  # as of `Decoding`, behind rows of which `caches` are kept
 
 
 @torch.no_grad()
@@ -76,12 +76,18 @@ def keep_prefix(base: BaseModel, prefix: ConstantPrefix, gate: Gate | None = Non
         def caches(prompts: Sequence[Sequence[int]]) -> Caches:
             return _PlainRows.begin(base, kept, prompts)[1].caches()
 
+        def closed(caches: Caches, gate: Gate) -> Tensor:
+            groups = alike([prefix.length + cache.shape[3] for cache in caches])
+            order = torch.tensor([i for group in groups for i in group], device=base.device)
+            states = _closed([_PlainRows.resume(base, kept, [caches[i] for i in group]) for group in groups], gate)
+            return states.view(len(order), gate.members, -1)[order.argsort()].flatten(0, 1)
+
         return Resident(
             prefix.length,
             lambda prompts: _PlainRows.begin(base, kept, prompts, gate),
             lambda lengths: [_ascending(lengths)],
             caches=caches,
-            resume=lambda caches: _PlainRows.resume(base, kept, caches),
+            closed=closed,
         )
     cache = _run_prefix(base, prefix)
     # Padding stands between the prefix and a row, where a window of attention counts it.
@@ -103,8 +109,8 @@ def gated_log_odds(gate: Gate, prefix: Resident, prompts: Sequence[Sequence[int]
 
     What comes before the closing does not depend on the gate, so the pass over it has none, and is spared by its `caches`.
     """
-    if caches is not None and prefix.resume is not None:
-        return gate.each(gate.base.head.logits(prefix.resume(caches).closed(gate)))
+    if caches is not None and prefix.closed is not None:
+        return gate.each(gate.base.head.logits(prefix.closed(caches, gate)))
     count, result = len(gate.closing), torch.zeros(len(prompts), gate.members, device=gate.base.device)
     for group in prefix.together([len(prompt) for prompt in prompts]):
         with torch.no_grad():
@@ -186,7 +192,7 @@ class _PlainRows:
         together = [_Together(self, group, [lengths[i] for i in group]) for group in groups]
         sizes = [part.own.tokens for part in together]
         count = len(ids)
-        aside = None if gate is None else _Aside(self, gate, self.start + self.lengths - len(gate.closing))
+        aside = None if gate is None else _Aside([self], gate, self.start + self.lengths - len(gate.closing))
         if aside is not None:  # behind all rows, their closings once more
             ids, positions = torch.cat([ids, aside.ids]), torch.cat([positions, aside.positions])
 
@@ -247,9 +253,7 @@ class _PlainRows:
             self.buffers[index] = _Kept(*(torch.nn.functional.pad(x, (0, 0, 0, _ROOM)) for x in kept))
 
     def closed(self, gate: Gate) -> Tensor:
-        aside = _Aside(self, gate, self.start + self.lengths)
-        embeddings = self.base.model.get_input_embeddings()(aside.ids)
-        return frozen.run_layers(self.decoder, embeddings, aside.positions, aside.layers, aside.gate)[aside.last]
+        return _closed([self], gate)
 
     def keep(self, rows: Tensor) -> None:
         self.lengths, self.mask = self.lengths[rows], self.mask[rows]
@@ -288,29 +292,39 @@ class _Together:
         return flat_of(mixed, self.own, torch.empty_like(q))
 
 
+def _closed(parts: Sequence[_PlainRows], gate: Gate) -> Tensor:
+    """`Decoding.closed` behind the rows of all parts, in one pass."""
+    aside = _Aside(parts, gate, torch.cat([part.start + part.lengths for part in parts]))
+    embeddings = gate.base.model.get_input_embeddings()(aside.ids)
+    return frozen.run_layers(parts[0].decoder, embeddings, aside.positions, aside.layers, aside.gate)[aside.last]
+
+
 class _Aside:
     """Closings beside a gate, one a member: (rows · members · n,) tokens that see what stands before positions `before`
     (rows,), where they begin, and their own member.
     """
 
-    def __init__(self, rows: _PlainRows, gate: Gate, before: Tensor) -> None:
+    def __init__(self, parts: Sequence[_PlainRows], gate: Gate, before: Tensor) -> None:
         device, count, many = before.device, len(gate.closing), gate.members
-        self.rows, self.gate = rows, gate.turned(before)
+        self.scaling, self.gate = parts[0].scaling, gate.turned(before)
         self.ids = torch.tensor(gate.closing, device=device).repeat(len(before) * many)
         self.positions = (before[:, None] + torch.arange(count, device=device).repeat(many)).flatten()
         self.last = torch.arange(count - 1, len(self.ids), count, device=device)
-        width = rows.start + rows.longest
-        there = (torch.arange(width, device=device) < before[:, None])[:, None].expand(-1, many * count, -1)
         place = torch.arange(many * count, device=device)
         whose = (torch.arange(gate.n_soft, device=device) * many // gate.n_soft, place // count)
         own = place[:, None] // count == torch.cat(whose)
         own[:, gate.n_soft :] &= place[:, None] >= place
-        seen = torch.cat([there, own.expand(len(before), -1, -1)], dim=-1)  # (rows, many · n, tokens, gate and many · n)
-        self.layers = [Beside(kept.keys[:, :, :width], kept.values[:, :, :width], seen) for kept in rows.buffers]
+        layers = []
+        for part, ends in zip(parts, torch.split(before, [len(part.lengths) for part in parts]), strict=True):
+            width = part.start + part.longest
+            there = (torch.arange(width, device=device) < ends[:, None])[:, None].expand(-1, many * count, -1)
+            seen = torch.cat([there, own.expand(len(ends), -1, -1)], dim=-1)  # (rows, many · n, tokens, gate and many · n)
+            layers.append([Group(kept.keys[:, :, :width], kept.values[:, :, :width], seen) for kept in part.buffers])
+        self.layers = [Beside(groups) for groups in zip(*layers, strict=True)]
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As of `frozen.infer`, after the rows' own keys and values of the layer are in their buffers."""
-        return self.layers[index].attend(q, k, v, self.rows.scaling, self.gate[index])[0]
+        return self.layers[index].attend(q, k, v, self.scaling, self.gate[index])[0]
 
 
 class _AnyRows:

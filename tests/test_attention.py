@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from softguard import attention
-from softguard.attention import LONG, Beside, Layout, alike, attend, attend_backward
+from softguard.attention import LONG, Beside, Group, Layout, alike, attend, attend_backward
 
 WIDTH = 4
 
@@ -135,8 +135,9 @@ def test_rows_do_not_see_each_other() -> None:
     assert not torch.equal(before[3:5], after[3:5])
 
 
+@pytest.mark.parametrize("parts", [[slice(3)], [slice(2), slice(2, 3)]])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
-def test_tokens_beside_a_gate_see_their_row_the_gate_and_each_other(heads: tuple[int, int]) -> None:
+def test_tokens_beside_a_gate_see_their_row_the_gate_and_each_other(heads: tuple[int, int], parts: list[slice]) -> None:
     lengths, gates, tokens = [3, 5, 1], 2, 4  # of the rows, of the gate, of what stands beside it
     count = len(lengths)
     rows = [random(count, heads[1], 5, WIDTH, seed=i) for i in (1, 2)]  # padded with what must not be seen
@@ -155,7 +156,8 @@ def test_tokens_beside_a_gate_see_their_row_the_gate_and_each_other(heads: tuple
     theirs = torch.autograd.grad((outer * expected).sum(), (q, *own, *gate))
     there = (torch.arange(5) < torch.tensor(lengths)[:, None])[:, None].expand(-1, tokens, -1)
     later = torch.ones(tokens, gates + tokens, dtype=torch.bool).tril(gates).expand(count, -1, -1)
-    beside = Beside(rows[0], rows[1], torch.cat([there, later], dim=-1))
+    seen_by = torch.cat([there, later], dim=-1)
+    beside = Beside([Group(*(x[part] for x in (*rows, seen_by))) for part in parts])
     with torch.no_grad():
         out, kept = beside.attend(q, own[0], own[1], 0.7, (gate[0], gate[1]))
         gradients = beside.backward(outer, kept, 0.7)
