@@ -178,7 +178,7 @@ def attend(
     qp, kp, vp = (_prefix(x, heads, at) for x in (q, k, v))
     if before is not None:
         kp, vp = (torch.cat([x, own], dim=1) for x, own in zip(before, (kp, vp), strict=True))
-    result = torch.empty_like(q)
+    result = q.new_empty(q.shape)  # contiguous, as a turned q is not
     _put_prefix(_prefix_weights(qp, kp, at, cap)[0] @ vp, result)
     kept = [qp, kp, vp]
     for rows, place in zip(at.groups, at.places, strict=True):
@@ -201,7 +201,7 @@ def attend_backward(gradient: Tensor, kept: Sequence[Tensor], scaling: float, at
     weights, slope = _prefix_weights(qp, kp, at, cap)
     sp = _softmax_backward(gp @ vp.mT, weights, slope)
     dkp, dvp = sp.mT @ qp, weights.mT @ gp
-    into_q, into_k, into_v = torch.empty_like(gradient), *(gradient.new_empty(at.tokens, heads, width) for _ in range(2))
+    into_q, into_k, into_v = (gradient.new_empty(at.tokens, n, width) for n in (gradient.shape[1], heads, heads))
     for number, (rows, place) in enumerate(zip(at.groups, at.places, strict=True)):
         qr, kr, vr = of_groups[3 * number :][:3]
         gr = rows_of(gradient[place], heads, rows)

@@ -289,7 +289,7 @@ class _Together:
             rows.transpose(0, 1).flatten(1, 2), keys, values, self.seen, scale=self.rows.scaling, enable_gqa=True
         )
         mixed = mixed.view(self.own.count, groups, -1, *mixed.shape[2:]).transpose(0, 1)
-        return flat_of(mixed, self.own, torch.empty_like(q))
+        return flat_of(mixed, self.own, q.new_empty(q.shape))
 
 
 def _closed(parts: Sequence[_PlainRows], gate: Gate) -> Tensor:

@@ -118,6 +118,16 @@ def test_long_rows_run_fused_both_ways(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("path")
+def test_queries_may_be_turned() -> None:
+    """Models that run by their own code hand over what they have transposed."""
+    q, outer = random(4, 9, WIDTH, seed=0), random(9, 4, WIDTH, seed=3)
+    k, v = (random(2, 9, WIDTH, seed=i).transpose(0, 1) for i in (1, 2))
+    flat = q.transpose(0, 1).contiguous()
+    turned = ours(q.transpose(0, 1), k, v, outer.transpose(0, 1).contiguous().transpose(0, 1), 1.0, 3, [2, 4])
+    torch.testing.assert_close(turned, ours(flat, k.contiguous(), v.contiguous(), outer, 1.0, 3, [2, 4]))
+
+
+@pytest.mark.usefixtures("path")
 def test_short_rows_are_not_padded_to_long_ones() -> None:
     q, k, v = (random(3 + 8 * 5 + 100, heads, WIDTH, seed=0) for heads in (4, 2, 2))
     _, kept = attend(q, k, v, 1.0, Layout(3, [[5] * 8, [100]], q))
