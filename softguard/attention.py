@@ -9,6 +9,7 @@ ones a block at a time by PyTorch's fused kernel.
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -27,8 +28,8 @@ class Layout:
         """
         self.prefix, self.before, self._like = prefix, before, like.new_empty(0)
         self.groups = [Rows(lengths, like) for lengths in groups]
-        ends = [prefix, *(prefix + sum(rows.tokens for rows in self.groups[: n + 1]) for n in range(len(self.groups)))]
-        self.places = [slice(*ends[n : n + 2]) for n in range(len(self.groups))]
+        ends = list(accumulate((rows.tokens for rows in self.groups), initial=prefix))
+        self.places = [slice(*place) for place in pairwise(ends)]
         self.tokens, self.width = ends[-1], max(rows.width for rows in self.groups)
 
     @cached_property
