@@ -98,18 +98,20 @@ def even(prompts: list[str], responses: list[str] | None) -> list[float]:
 
 def _steps(rounds: int) -> list[dict[str, Any]]:
     from benchmarks.step import Answers, Shape, our_trainer
+    from softguard.corpus import Corpus
     from softguard.models import load_base
 
     base = load_base(dtype="auto")
     rows = []
-    shapes = [("row length, batch 4", n, Shape(4, n // 2, n // 2)) for n in LENGTHS]
-    shapes += [("batch, 60 + 64 tokens", n, Shape(n, 60, 64)) for n in BATCHES]
-    shapes += [("tokens, one long row among 15 of 124", 15 * 124 + n, Shape(1, n - 64, 64)) for n in LENGTHS]
-    for what, size, shape in shapes:
-        trainer = our_trainer(base, shape, keep_hidden=False)
-        answers = cast(Answers, trainer.corpus).all
-        if "among" in what:
-            answers += cast(Answers, our_trainer(base, Shape(15, 60, 64), keep_hidden=False).corpus).all
+    shorts = Shape(15, 60, 64)
+    shapes = [("row length, batch 4", n, [Shape(4, n // 2, n // 2)]) for n in LENGTHS]
+    shapes += [("batch, 60 + 64 tokens", n, [Shape(n, 60, 64)]) for n in BATCHES]
+    shapes += [("tokens, one long row among 15 of 124", 15 * 124 + n, [Shape(1, n - 64, 64), shorts]) for n in LENGTHS]
+    for what, size, together in shapes:
+        trainers = [our_trainer(base, shape, keep_hidden=False) for shape in together]
+        trainer = trainers[0]
+        answers = [example for each in trainers for example in cast(Answers, each.corpus).all]
+        trainer.corpus = cast(Corpus, Answers(answers))
         timing = alternate({"step": partial(trainer._train_step, list(range(len(answers))), 0)}, rounds)["step"]
         rows.append({"what": what, "size": size, **timing.row()})
         print(rows[-1], flush=True)
