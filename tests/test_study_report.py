@@ -111,6 +111,12 @@ def test_the_pareto_set_has_what_nothing_beats_and_not_the_system() -> None:
     assert shares == pytest.approx({"safety": 0.9, "over_refusal": 0.1, "accuracy": 0.8})
 
 
+def test_rows_that_are_equal_on_average_are_equal_however_many_seeds_they_have() -> None:
+    seeds = [cell("good", seed, safe=9, over=1, right=right) for seed, right in enumerate((6, 8, 10))]
+    members = front(standings(with_methods([*seeds, cell("poor", 0, safe=8, over=1, right=8)])), ("safety", "accuracy"))
+    assert next(m.beaten_by for m in members if m.standing.method == "poor") == ("good",)
+
+
 def test_comparisons_pair_prompts_of_the_first_seed_and_count_all_pairs() -> None:
     found = {(c.measure, c.first, c.second): c for c in comparisons(standings(with_methods(ROWS)))}
     assert len(found) == 3 * 6

@@ -54,7 +54,8 @@ def standings(rows: Sequence[Row], suites: Sequence[str] = ()) -> list[Standing]
         for system in systems:
             kept = group if system == "distilled" else group[:1]
             hits = {m: h for m in TESTED if (h := _hits(kept[0], system, m, suites))}
-            shares = {m: float(np.mean([np.mean(_hits(row, system, m, suites)) for row in kept])) for m in hits}
+            # One division, not one a seed: shares that are equal must not differ by how they were rounded.
+            shares = {m: float(np.mean([hit for row in kept for hit in _hits(row, system, m, suites)])) for m in hits}
             if strays := [value for row in kept for value in _token_tv(row, system)]:
                 shares["token_tv"] = float(np.mean(strays))
             found.append(Standing(base, SYSTEMS.get(system) or group[0]["method"], shares, hits, system != "safe_system"))
