@@ -98,7 +98,6 @@ def even(prompts: list[str], responses: list[str] | None) -> list[float]:
 
 def _steps(rounds: int) -> list[dict[str, Any]]:
     from benchmarks.step import Answers, Shape, our_trainer
-    from softguard.corpus import Corpus
     from softguard.models import load_base
 
     base = load_base(dtype="auto")
@@ -108,10 +107,9 @@ def _steps(rounds: int) -> list[dict[str, Any]]:
     shapes += [("batch, 60 + 64 tokens", n, [Shape(n, 60, 64)]) for n in BATCHES]
     shapes += [("tokens, one long row among 15 of 124", 15 * 124 + n, [Shape(1, n - 64, 64), shorts]) for n in LENGTHS]
     for what, size, together in shapes:
-        trainers = [our_trainer(base, shape, keep_hidden=False) for shape in together]
-        trainer = trainers[0]
-        answers = [example for each in trainers for example in cast(Answers, each.corpus).all]
-        trainer.corpus = cast(Corpus, Answers(answers))
+        trainer, *others = (our_trainer(base, shape, keep_hidden=False) for shape in together)
+        answers = cast(Answers, trainer.corpus).all
+        answers += [example for other in others for example in cast(Answers, other.corpus).all]
         timing = alternate({"step": partial(trainer._train_step, list(range(len(answers))), 0)}, rounds)["step"]
         rows.append({"what": what, "size": size, **timing.row()})
         print(rows[-1], flush=True)
