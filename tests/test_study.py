@@ -16,7 +16,7 @@ from softguard.errors import SoftguardError
 from softguard.files import read_json
 from softguard.study import Grid, load_grid, read_table, run_study
 from softguard.study.grid import Arm
-from softguard.study.table import TIMINGS
+from softguard.study.table import TIMINGS, join_tables
 from softguard.study.workers import Task, open_workers, run_tasks
 from tests.commands import ROOT, softguard, softguard_killed
 from tests.test_cli import refused
@@ -313,6 +313,16 @@ def test_a_suite_that_was_rewritten_is_asked_of_all_cells_again(done: tuple[Path
         suite.write_text(text)
     assert len(asked(done[1])) == len(asked(table)) == 1
     assert asked(table) != asked(done[1])
+
+
+def test_cells_join_where_the_same_model_has_another_name(done: tuple[Path, Path], small_folder: Path, tmp_path: Path) -> None:
+    elsewhere = shutil.copytree(small_folder, tmp_path / "elsewhere")
+    text = "study.rows={text: {set: [distil.adapter=text, distil.steps=0], seeds: [5]}}"
+    some = ["study.objectives={}", "study.adapters={}", text, "study.seeds=[5]", f"model.name={elsewhere}"]
+    table = run_study(load_grid(done[0], some), tmp_path / "out")
+    assert join_tables([done[1], table]) == [*read_table(done[1]), *read_table(table)]
+    with pytest.raises(SoftguardError, match="another measuring of small than"):
+        join_tables([done[1], run_study(load_grid(done[0], [*some, "evaluate.max_new_tokens=3"]), tmp_path / "out")])
 
 
 def test_a_killed_study_goes_on_in_its_cell_and_ends_with_the_same_table(done: tuple[Path, Path], tmp_path: Path) -> None:

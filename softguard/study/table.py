@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softguard.config import dump_recipe
+from softguard.config import Recipe, dump_recipe
 from softguard.errors import SoftguardError
 from softguard.evaluation import read_results
 from softguard.files import locked, read_json, write_file
@@ -46,7 +47,7 @@ SCHEMA = pa.schema(
         "judge": pa.string(),
         "corpus": pa.string(),
         "settings": pa.string(),
-        "evaluation": pa.string(),
+        "evaluation": pa.string(),  # how it was measured, whatever the name of the model's file is there
         "versions": pa.string(),  # JSON
         # what came of it
         "steps": pa.int64(),
@@ -65,7 +66,7 @@ SCHEMA = pa.schema(
 def write_table(grid: Grid, out: Path) -> None:
     """Write `out/cells.parquet` of all cells that are trained."""
     with locked(out / ".lock"):  # another command may be at work on the same study
-        rows = [row for arm in grid.arms for row in _rows(arm, evaluation_of(grid.grounds[arm.cells[0][0].base]), out)]
+        rows = [row for arm in grid.arms for row in _rows(arm, grid.grounds[arm.cells[0][0].base], out)]
         write_rows(rows, out / NAME)
 
 
@@ -121,7 +122,7 @@ def join_tables(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return list(cells.values())
 
 
-def _rows(arm: Arm, evaluation: str, out: Path) -> list[dict[str, Any]]:
+def _rows(arm: Arm, ground: Recipe, out: Path) -> list[dict[str, Any]]:
     tried = [cell for cell in arm.trials if is_trained(cell, out / cell.place)]
     if arm.trials and not tried:
         return []
@@ -129,25 +130,25 @@ def _rows(arm: Arm, evaluation: str, out: Path) -> list[dict[str, Any]]:
     wanted = [*((cell, cell is arm.trials[rate]) for cell in arm.trials), *((cells[rate], True) for cells in arm.cells)]
     once = {cell.place: (cell, chosen) for cell, chosen in wanted}  # the chosen trial is the first seed's cell
     return [
-        _row(cell, out / cell.place, evaluation if chosen else None)
+        _row(cell, out / cell.place, ground if chosen else None)
         for cell, chosen in once.values()
         if is_trained(cell, out / cell.place)
     ]
 
 
-def _row(cell: Cell, folder: Path, evaluation: str | None) -> dict[str, Any]:
-    """`evaluation`: the measuring whose figures are wanted; none for a cell of a rate that was not chosen."""
+def _row(cell: Cell, folder: Path, ground: Recipe | None) -> dict[str, Any]:
+    """`ground`: the recipe by which the cell was to be measured; none for a cell of a rate that was not chosen."""
     seal, adapter = read_json(folder / "cell.json", "cell"), read_json(folder / "softguard.json", "adapter")
     distil = cell.recipe.distil
     row: dict[str, Any] = {
         "base": cell.base, "row": cell.row, "adapter": distil.adapter, "objective": adapter["objective"],
         "n_soft": distil.n_soft, "learning_rate": distil.learning_rate, "seed": cell.recipe.seed,
-        "chosen": evaluation is not None, "recipe": dump_recipe(cell.recipe), "model": adapter["model"],
+        "chosen": ground is not None, "recipe": dump_recipe(cell.recipe), "model": adapter["model"],
         "base_fingerprint": adapter["base"], "guard": adapter["guard"], "corpus": adapter["corpus"],
         "settings": adapter["settings"], "steps": adapter["steps"], "validation_loss": adapter.get("validation_loss"),
         "train_seconds": seal["train_seconds"], "log": _log(folder / "log.jsonl"),
     }  # fmt: skip
-    if evaluation is None or seal["evaluation"] != evaluation:
+    if ground is None or seal["evaluation"] != evaluation_of(ground):
         return row
     results = read_results(folder / "results.json")
     outcomes = {(o["system"], o["suite"], o["metric"]): o for o in read_json(folder / "outcomes.json", "results")["outcomes"]}
@@ -157,10 +158,15 @@ def _row(cell: Cell, folder: Path, evaluation: str | None) -> dict[str, Any]:
         metrics.append({**found, "prompts": own.get("prompts"), "outcomes": own.get("values")})
     sizes = {cost["system"]: cost["value"] for cost in results["cost"] if cost["metric"] == "parameters"}
     return row | {
-        "judge": results["judge"], "evaluation": evaluation, "versions": json.dumps(results["versions"], sort_keys=True),
+        "judge": results["judge"], "evaluation": _anywhere(ground), "versions": json.dumps(results["versions"], sort_keys=True),
         "parameters": int(sizes["distilled"] - sizes["base"]), "metrics": metrics, "cost": results["cost"],
         "flops_per_token": seal["flops_per_token"], "evaluate_seconds": seal["evaluate_seconds"],
     }  # fmt: skip
+
+
+def _anywhere(ground: Recipe) -> str:
+    """`evaluation_of` where the model's file may have another name: what is behind it, `base_fingerprint` says."""
+    return evaluation_of(replace(ground, model=replace(ground.model, name="")))
 
 
 def _log(path: Path) -> list[Mapping[str, Any]]:
