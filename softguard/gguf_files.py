@@ -7,7 +7,7 @@ module of the model.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,12 @@ import numpy as np
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Within it, `gguf` keeps what it has read of a file. Not for more than one thread at a time."""
+    """Within it, `gguf` keeps what it has read of a file, and transformers shows its bar on terminals alone, not in logs.
+
+    Not for more than one thread at a time.
+    """
     import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc]
         """Its `data`, which it slices, are the file's bytes as a plain array."""
@@ -29,9 +33,9 @@ def read_once() -> Iterator[None]:
         def data(self, mapped: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
             self._bytes = mapped.view(np.ndarray)
 
-    own = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = cache(Reader), cache(own[1])
+    own = gguf.GGUFReader, gguf.get_tensor_name_map, reading.tqdm
+    gguf.GGUFReader, gguf.get_tensor_name_map, reading.tqdm = cache(Reader), cache(own[1]), partial(own[2], disable=None)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = own
+        gguf.GGUFReader, gguf.get_tensor_name_map, reading.tqdm = own

@@ -26,7 +26,9 @@ def test_a_file_read_once_is_what_transformers_reads(base: BaseModel) -> None:
     assert tokenizer(text).input_ids == base.tokenizer(text).input_ids
 
 
-def test_a_base_is_loaded_from_one_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_is_loaded_from_one_reading_and_no_log_gets_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     read, own = [], gguf.GGUFReader.__init__
 
     def counted(self: gguf.GGUFReader, path: str, *more: str) -> None:
@@ -36,6 +38,7 @@ def test_a_base_is_loaded_from_one_reading(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
     load_base("smollm2")
     assert len(read) == 1
+    assert not "".join(capsys.readouterr())
 
 
 def test_a_file_is_parsed_once_and_gguf_is_left_as_it_was() -> None:
