@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -51,6 +52,21 @@ def test_help_and_import_do_not_load_torch() -> None:
     code = "import sys, softguard.cli; softguard.cli._parser(); print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="this system has no large pages")
+@pytest.mark.parametrize(("given", "asked"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
+def test_a_command_asks_for_large_pages_before_torch_is_loaded(given: dict[str, str], asked: str) -> None:
+    code = """
+import os, sys
+from softguard import cli
+def said(options): print("torch" in sys.modules, os.environ["THP_MEM_ALLOC_ENABLE"])
+cli._teach = said
+cli.main(["teach", "--out", "unused"])
+"""
+    own = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", code], env=own | given, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", asked]
 
 
 def test_teach_distil_evaluate_and_chat_work_together(asked: Path, small_folder: Path, tmp_path: Path) -> None:
