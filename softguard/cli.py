@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from softguard.models import BaseModel
     from softguard.system import SafeSystem
 
+_LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for an error told in one line, 130 when interrupted."""
@@ -45,7 +47,7 @@ def _ask_for_large_pages() -> None:
 
     Up to a sixth of a command's time is the kernel's, handing out small ones. PyTorch reads this once, when it is first used.
     """
-    if Path("/sys/kernel/mm/transparent_hugepage").is_dir():
+    if _LARGE_PAGES.is_dir():
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 

@@ -54,18 +54,22 @@ def test_help_and_import_do_not_load_torch() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="this system has no large pages")
-@pytest.mark.parametrize(("given", "asked"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
-def test_a_command_asks_for_large_pages_before_torch_is_loaded(given: dict[str, str], asked: str) -> None:
+@pytest.mark.parametrize(
+    ("pages", "given", "asked"), [(".", {}, "1"), (".", {"THP_MEM_ALLOC_ENABLE": "0"}, "0"), ("no such folder", {}, "None")]
+)
+def test_a_command_asks_for_large_pages_before_torch_is_loaded(
+    pages: str, given: dict[str, str], asked: str, tmp_path: Path
+) -> None:
     code = """
-import os, sys
+import os, pathlib, sys
 from softguard import cli
-def said(options): print("torch" in sys.modules, os.environ["THP_MEM_ALLOC_ENABLE"])
-cli._teach = said
+cli._LARGE_PAGES = pathlib.Path(sys.argv[1])
+cli._teach = lambda options: print("torch" in sys.modules, os.environ.get("THP_MEM_ALLOC_ENABLE"))
 cli.main(["teach", "--out", "unused"])
 """
     own = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"}
-    done = subprocess.run([sys.executable, "-c", code], env=own | given, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code, str(tmp_path / pages)]
+    done = subprocess.run(command, env=own | given, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", asked]
 
 
