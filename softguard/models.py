@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from softguard.errors import SoftguardError
-from softguard.gguf_files import read_once
+from softguard.gguf_files import bar_on_terminals, read_once
 from softguard.kernels import Head
 from softguard.supported import check_supported
 
@@ -105,7 +105,7 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     logging.set_verbosity_error()
     try:
         safe = {} if extra else {"use_safetensors": True}  # a GGUF file is no pickle either
-        with read_once():
+        with read_once(), bar_on_terminals():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=DTYPES[dtype], trust_remote_code=False, attn_implementation=attention, **extra, **safe

@@ -29,7 +29,9 @@ def test_a_file_read_once_is_what_transformers_reads(base: BaseModel) -> None:
 def test_a_base_is_loaded_from_one_reading_and_no_log_gets_a_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    read, own = [], gguf.GGUFReader.__init__
+    from transformers import modeling_gguf_pytorch_utils as converting
+
+    read, own, bar = [], gguf.GGUFReader.__init__, converting.tqdm
 
     def counted(self: gguf.GGUFReader, path: str, *more: str) -> None:
         read.append(path)
@@ -39,6 +41,7 @@ def test_a_base_is_loaded_from_one_reading_and_no_log_gets_a_bar(
     load_base("smollm2")
     assert len(read) == 1
     assert not "".join(capsys.readouterr())
+    assert converting.tqdm is bar
 
 
 def test_a_file_is_parsed_once_and_gguf_is_left_as_it_was() -> None:
