@@ -54,7 +54,7 @@ def _ask_for_large_pages() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="softguard",
-        description="Distil a language model and its guard into a soft prompt for the same frozen model.",
+        description="Distil a language model and its guard into a few vectors beside the same frozen model.",
         epilog="Set any recipe value with --set section.key=value, for example --set model.name=path/to/model.gguf.",
     )
     parser.add_argument("--version", action="version", version=f"softguard {__version__}")

@@ -30,7 +30,7 @@ def demo_plan(recipe: Recipe, base: BaseModel) -> str:
     return (
         f"demo: teach on {counts['train']:,} prompts of {recipe.teach.prompts}, distil {steps_of(recipe)} steps, "
         f"evaluate {', '.join(f'{suite.name} ({len(suite.prompts):,})' for suite in suites)} "
-        "each; about 20 minutes on two cores, about 6 where they have AMX; up to 5 GB of caches on disk"
+        "each; 15 to 20 minutes on two cores, about 6 where they have AMX; up to 5 GB of caches on disk"
     )
 
 

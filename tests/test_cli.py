@@ -104,7 +104,7 @@ def test_dry_runs_say_what_would_run_and_write_nothing(
     assert main(["evaluate", "--dry-run", "--out", str(tmp_path / "results"), *limited, *common]) == 0
     assert "harmful (2)" in capsys.readouterr().out
     assert main(["demo", "--dry-run"]) == 0
-    assert "about 20 minutes" in capsys.readouterr().out
+    assert "15 to 20 minutes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
