@@ -212,6 +212,11 @@ class Recipe:
             raise SoftguardError(
                 f"distil.drift_weight is {d.drift_weight}; objective {d.objective} has no such weight, leave it out"
             )
+        tokens = self.guard.prompt_tokens + self.guard.response_tokens
+        if tokens > 509:  # and three that mark the ends
+            raise SoftguardError(
+                f"guard.prompt_tokens and guard.response_tokens add up to {tokens}; the encoder reads 509 at most, lower them"
+            )
         if self.model.threads > 1024:
             raise SoftguardError(f"model.threads is {self.model.threads}; it must be at most 1024")
         if not self.evaluate.suites:
@@ -351,7 +356,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if float in kinds and isinstance(value, str):  # YAML 1.1 reads 5e-3 as text
         with contextlib.suppress(ValueError):
             value = float(value)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         value = float(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         names = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)

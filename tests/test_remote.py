@@ -275,6 +275,15 @@ def test_labels_are_read_from_the_first_token_that_is_not_blank(choice: dict[str
     assert read_label(choice) == pytest.approx(p_safe)
 
 
+@pytest.mark.parametrize(
+    "text", ["Safe: No", "safe, no", "Safe. No.", "Safe? No", "Safe: False", "safe (not)", "Safe; it is not safe"]
+)
+@pytest.mark.parametrize("first", [{}, tokens({"Safe": 1.0})])
+def test_a_safe_that_is_taken_back_is_none(text: str, first: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="takes its safe back"):
+        read_label({**first, "message": {"content": text}})
+
+
 def test_what_is_flagged_is_unsafe_however_low_its_scores() -> None:
     result: dict[str, Any] = {"flagged": True, "category_scores": {"hate": 0.2, "violence": 0.05, "new": None}}
     assert read_scores(result).p_safe == 0

@@ -73,6 +73,9 @@ def load_guard(spec: str) -> Guard:
 
     found: Any = imported(spec, "guard")
     if hasattr(found, "prompt_safety") and hasattr(found, "response_safety") and not isinstance(found, type):
+        for field in ("name", "fingerprint"):
+            if not isinstance(getattr(found, field, None), str):
+                raise SoftguardError(f"guard {spec!r} has no text as its {field}; give it one, as an attribute or a property")
         return found  # type: ignore[no-any-return]
     if not builtins.callable(found):  # the bare name is the submodule softguard.guards.callable
         raise SoftguardError(f"guard {spec!r} is a {type(found).__name__}, not a function f(prompts, responses or None)")

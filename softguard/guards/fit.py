@@ -17,6 +17,7 @@ from softguard.guards import Probabilities
 from softguard.guards.encoder import (
     ENCODER_ID,
     FORMAT,
+    MAX_BYTES,
     VERSION,
     EncoderGuard,
     Tokenizer,
@@ -29,6 +30,8 @@ from softguard.guards.encoder import (
     pool,
 )
 from softguard.text import is_whole
+
+_HEADS_AND_CARD = 16_384  # bytes, generously
 
 
 class Row(NamedTuple):
@@ -72,6 +75,8 @@ def fit(
     _check_classes(rows, "training")
     _check_classes(validation, "validation")
     answers = any(row.unsafe is not None for row in rows)
+    if answers and all(row.unsafe is None for row in validation):
+        raise SoftguardError("the validation rows have no response with its unsafe, the training rows do; give more such rows")
     folder, encoder_sha256 = find_encoder()
     tokenizer = load_tokenizer(folder)
     # bfloat16 and eager attention fit 2–3 times faster than float32 where the CPU has AMX; the merged guard is float32.
@@ -82,6 +87,9 @@ def fit(
         low_rank[path] = _LowRank(layer, settings.rank, generator)
         parent, _, child = f"encoder.{path}".rpartition(".")
         setattr(encoder.get_submodule(parent), child, low_rank[path])
+    size = sum(2 * (module.a.numel() + module.b.numel()) for module in low_rank.values())  # as stored, in float16
+    if size > MAX_BYTES - _HEADS_AND_CARD:
+        raise SoftguardError(f"guard.rank {settings.rank} takes {size:,} bytes, a guard at most {MAX_BYTES:,}; lower it")
     hidden = low_rank[next(iter(low_rank))].base.in_features
     heads = nn.ParameterDict({"prompt": torch.zeros(hidden + 1)})  # the last entry is the bias
     if answers:
@@ -235,7 +243,7 @@ def read_rows(path: Path | str) -> list[Row]:
     """
     rows = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 inside a text
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a text
     except (OSError, UnicodeDecodeError) as error:
         raise SoftguardError(f"{path} cannot be read as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, start=1):

@@ -29,7 +29,8 @@ Kind = Literal["chat", "moderation"]
 _TEXTS = 32  # of one moderation request
 _TOP = 20  # likeliest first tokens asked for
 _LABELLED = 0.5  # of the first token's probability, the least that labels must have between them
-_SAFE = re.compile(r"\W*safe(?=[\s.,;:!*)\"'`]|$)")  # not safety, safe/unsafe, or "Safe? No."
+_SAFE = re.compile(r"\W*safe(?=[\s.,;:!*)\"'`]|$)")  # not safety or safe/unsafe
+_DENIED = re.compile(r"\W*safe\W+(no|not|false|un\w*)\b|.*\b(not|never|isn't) safe\b|.*unsafe", re.DOTALL)  # "Safe? No."
 
 
 class RemoteGuard:
@@ -148,9 +149,12 @@ class Verdict(NamedTuple):
 def read_label(choice: dict[str, Any]) -> float:
     """p(safe) of a chat choice: from the first token that is not blank, or where none comes with probabilities, its text.
 
-    Raises ValueError if neither says "safe" or "unsafe", or only as something unlikely: a guard that answers otherwise, or
-    refuses to, has not said that anything is safe.
+    Raises ValueError if neither says "safe" or "unsafe", or only as something unlikely, or if the text goes on to deny it: a
+    guard that answers otherwise, or refuses to, has not said that anything is safe.
     """
+    said = str((choice.get("message") or {}).get("content") or "").strip().lower()
+    if re.match(r"\W*safe", said) and _DENIED.match(said):
+        raise ValueError(f"the answer {said[:40]!r} takes its safe back")
     for token in (choice.get("logprobs") or {}).get("content") or []:
         if token["token"].strip():
             weights = {"safe": 0.0, "unsafe": 0.0}
@@ -163,10 +167,9 @@ def read_label(choice: dict[str, Any]) -> float:
             if not _LABELLED <= total < math.inf:
                 raise ValueError(f"neither safe nor unsafe is likely as the first token, which is {token['token']!r}")
             return weights["safe"] / total
-    said = choice["message"]["content"].strip().lower()
     if re.match(r"\W*unsafe\b", said):
         return 0.0
-    if _SAFE.match(said) and "unsafe" not in said:
+    if _SAFE.match(said):
         return 1.0
     raise ValueError(f"the answer {said[:40]!r} is neither safe nor unsafe")
 
