@@ -29,7 +29,7 @@ from softguard.errors import DivergedError, SoftguardError
 from softguard.files import read_json, write_file, write_json
 from softguard.models import BaseModel
 
-VERSION = 2
+VERSION = 3
 VECTORS = "prompt_embeddings"  # PEFT's name for the vectors of soft prompts and prefixes
 DIRECTION = "direction."  # llama.cpp's for a steering vector; the layer's number follows
 Kind = Literal["soft_prompt", "kv_prefix", "gate", "lora", "steering", "text"]

@@ -11,14 +11,18 @@ apart from the template, so that a user who spells control tokens (`<|im_end|>`)
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from softguard.config import fingerprint
 from softguard.errors import SoftguardError
 
+_TODAY = date(2024, 7, 26)  # that of every day: what is distilled behind one text must stand behind it tomorrow
+_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 Slot = Literal["start", "system"]
 
 
@@ -46,11 +50,12 @@ class PlainText:
     def __init__(self, tokenizer: Any, template: str) -> None:
         """`template`: text whose added tokens count as control tokens even where the tokenizer does not mark them special."""
         self._tokenizer = tokenizer
-        # Special tokens, and added tokens the template itself uses (Qwen's <tool_call> is not marked special).
+        # Special tokens, and of those not marked so what the template itself uses (Qwen's <tool_call>) or reads <|…|> (its
+        # <|fim_prefix|>).
         control = {
             str(token)
             for token in tokenizer.added_tokens_decoder.values()
-            if len(str(token)) > 1 and (token.special or str(token) in template)
+            if len(str(token)) > 1 and (token.special or str(token) in template or re.fullmatch(r"<\|.*\|>", str(token)))
         }
         longest_first = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
         self.control = re.compile(longest_first) if control else None
@@ -86,7 +91,8 @@ class Chat:
             raise SoftguardError(f"slot is {slot!r}; it must be start or system")
         self.tokenizer = tokenizer
         self.slot: Slot = slot
-        self._plain = PlainText(tokenizer, str(tokenizer.chat_template))
+        self._template = undated(tokenizer)
+        self._plain = PlainText(tokenizer, self._template)
 
         opening, closing = self._fixed([Turn("user", "")], answer=False)
         system_header = self._around_system()[0] if slot == "system" else ""
@@ -94,7 +100,10 @@ class Chat:
             raise SoftguardError("the chat template has no fixed system message; use slot: start")
         self.prefix = Prefix(self._template_ids(system_header), self._template_ids(opening[len(system_header) :]))
         self.closing = self._template_ids(closing)  # between the user's text and the response
-        after_answer = self._template_ids(self._fixed([Turn("user", ""), Turn("assistant", "")], answer=True)[-1])
+        after = self._fixed([Turn("user", ""), Turn("assistant", "")], answer=True)[-1]
+        after_answer = self._template_ids(after)
+        # Identity of the template's own text; the same in every slot.
+        self.fingerprint = fingerprint(opening, closing, after)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
         self.end_id: int = next((i for i in after_answer if i in special), tokenizer.eos_token_id)
         self.stop_ids: frozenset[int] = frozenset({self.end_id, tokenizer.eos_token_id, *extra_stops})
@@ -160,9 +169,18 @@ class Chat:
 
     def _render(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
+                )
+            )
         except Exception as error:  # whatever jinja gives it
             raise SoftguardError(f"the chat template fails ({type(error).__name__}: {error}); use another model") from error
+
+
+def undated(tokenizer: Any) -> str:
+    """The tokenizer's chat template, in which today is always the same day (Llama 3, Granite and SmolLM3 write the date)."""
+    return _NOW.sub(lambda match: repr(_TODAY.strftime(match[2])), str(tokenizer.get_chat_template()))
 
 
 class Rows(NamedTuple):

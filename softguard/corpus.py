@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from softguard.caches import caches_of, keep_caches, read_caches
+from softguard.chat import Chat
 from softguard.config import Recipe, fingerprint
 from softguard.divergences import P_SAFE_RANGE
 from softguard.engine import Engine, Response
@@ -32,7 +33,7 @@ from softguard.models import BaseModel
 from softguard.prompts import Prompt, read_prompts, read_rows
 from softguard.system import SafeSystem
 
-VERSION = 4
+VERSION = 5
 _ROW_GROUP = 32  # prompts; what reading one example costs
 _SCHEMA = pa.schema(
     [
@@ -126,6 +127,10 @@ class Corpus:
                 f"corpus {folder} was drawn from model {manifest['model']!r} ({manifest['base']}), not from {base.name!r} "
                 f"({base.fingerprint}); teach again with this model"
             )
+        if base is not None and manifest["template"] != Chat(base.tokenizer).fingerprint:
+            raise SoftguardError(
+                f"corpus {folder} was drawn behind another chat template than {base.name!r} has now; teach again"
+            )
         return cls(folder, manifest)
 
     @property
@@ -193,11 +198,15 @@ def teach(
         "version": VERSION,
         "model": base.name,
         "base": base.fingerprint,
+        "template": Chat(base.tokenizer).fingerprint,
         "guard": system.guard.name,
+        "guard_fingerprint": system.guard.fingerprint,
+        "policy": bool(recipe.system.policy),
         "refusals": list(system.policy.refusals),
         "threshold": system.threshold if recipe.system.decision == "threshold" else None,
         "settings": fingerprint(
             base.fingerprint,
+            Chat(base.tokenizer).fingerprint,
             system.guard.fingerprint,
             system.threshold,
             recipe.system,
@@ -210,7 +219,7 @@ def teach(
     }
     if (out / "manifest.json").is_file():
         found = read_json(out / "manifest.json", "corpus")
-        for key in ("version", "base", "precision", "settings"):
+        for key in ("version", "base", "template", "precision", "settings"):
             if found.get(key) != teacher[key]:
                 raise SoftguardError(
                     f"{out} holds a corpus made with other settings ({key} differs); choose another --out or remove it"

@@ -73,22 +73,21 @@ def _times(engines: Mapping[str, Engine], system: SafeSystem) -> dict[str, tuple
         for name, engine in engines.items():
             begin = time.perf_counter()
             pieces = engine.stream([Turn("user", _PROMPT)], _TOKENS)
-            text = next(pieces)
+            answer = [next(pieces, "")]
             begun = time.perf_counter()
-            made = 1 + sum(1 for _ in pieces)
+            answer += pieces
             end = time.perf_counter()
-            text = text or " "
             timed = [(name, begun - begin, end - begin)]
             if name == "base":
                 asked = time.perf_counter()
-                system.p_safe([_PROMPT], [text])
+                system.p_safe([_PROMPT], ["".join(answer) or " "])
                 guard = time.perf_counter() - asked
                 waited = guard + (begun - begin if system.config.mode == "prompt" else end - begin)
                 timed.append(("safe_system", waited, guard + end - begin))
             if round_:  # the first round warms up
                 for who, wait, whole in timed:
                     first[who].append(1000 * wait)
-                    rate[who].append(made / whole)
+                    rate[who].append(len(answer) / whole)  # a piece a token
     return {name: (statistics.median(first[name]), statistics.median(rate[name])) for name in first}
 
 

@@ -365,16 +365,15 @@ class _AnyRows:
         self.mask, self.positions = self.mask[rows], self.positions[rows]
 
     def _run(self, ids: Tensor) -> Output:
-        output = self.base.model(
+        output = self.base.model.get_decoder()(
             input_ids=ids,
             attention_mask=self.mask,
             position_ids=self.positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
-            output_hidden_states=True,
         )
-        return Output(output.logits[:, -1].float(), output.hidden_states[-1][:, -1])
+        last = output.last_hidden_state[:, -1]
+        return Output(self.base.head.logits(last), last)
 
 
 def _empty_cache(base: BaseModel) -> Any:

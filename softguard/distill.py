@@ -135,16 +135,17 @@ def _facts(recipe: Recipe, corpus: Corpus, base: BaseModel) -> dict[str, Any]:
         "objective": recipe.distil.objective,
         "length": recipe.distil.length,
         "refusal": corpus.manifest["refusals"][0],
-        "closing": list(Chat(base.tokenizer, extra_stops=base.stop_ids).closing),  # ids that tell the chat template
+        "template": Chat(base.tokenizer, extra_stops=base.stop_ids).fingerprint,
         **({"members": recipe.distil.members} if recipe.distil.adapter == "gate" else {}),
         "guard": corpus.manifest["guard"],
+        "guard_fingerprint": corpus.manifest["guard_fingerprint"],
         "corpus": corpus.fingerprint,
         "settings": _settings(recipe, corpus, base),
         "seed": recipe.seed,
     }
 
 
-def _check_gate(recipe: Recipe) -> None:
+def _check_gate(recipe: Recipe, corpus: Corpus) -> None:
     """Raises SoftguardError for what a gate cannot learn."""
     objective, drift_weight = recipe.distil.objective, recipe.distil.drift_weight
     if objective != "tv" or drift_weight is not None:
@@ -152,10 +153,9 @@ def _check_gate(recipe: Recipe) -> None:
             f"distil.objective is {objective} and distil.drift_weight {drift_weight}; a gate is |U − g| away from the system "
             "by any divergence: leave both out, or choose another distil.adapter, such as kv_prefix"
         )
-    if recipe.system.policy:
-        raise SoftguardError(
-            "system.policy is set and a gate says one refusal; choose another distil.adapter, such as kv_prefix"
-        )
+    if recipe.system.policy or corpus.manifest["policy"]:
+        where = "system.policy is set" if recipe.system.policy else f"corpus {corpus.folder} was taught with a system.policy"
+        raise SoftguardError(f"{where} and a gate says one refusal; choose another distil.adapter, such as kv_prefix")
 
 
 class _Trainer:
@@ -167,15 +167,16 @@ class _Trainer:
         self.on_policy = self.config.objective in ON_POLICY
         if self.on_policy:
             self.guard = guard or load_guard(recipe.system.guard)
-            if self.guard.name != corpus.manifest["guard"]:
+            if self.guard.fingerprint != corpus.manifest["guard_fingerprint"]:
+                taught, mine = corpus.manifest["guard_fingerprint"][:16], self.guard.fingerprint[:16]
                 raise SoftguardError(
-                    f"the corpus was taught by guard {corpus.manifest['guard']!r}, not {self.guard.name!r}; give that one as "
-                    "system.guard"
+                    f"the corpus is of guard {corpus.manifest['guard']!r} ({taught}), not {self.guard.name!r} ({mine}): "
+                    "give that one as system.guard"
                 )
         else:
             self.objective = find_objective(self.config.objective, ON_POLICY)
         if self.config.adapter == "gate":
-            _check_gate(recipe)
+            _check_gate(recipe, corpus)
         self.safe_weight, self.drift_weight = self.config.weights
         self.accelerator = Accelerator(cpu=base.device.type == "cpu")
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes

@@ -17,6 +17,7 @@ from softguard.gate import Gate
 from softguard.models import BaseModel
 
 _BLOCK = 128  # ids summed at once when one is drawn
+_COLUMNS = 2**17  # of keys and values that the prompts of a batch may take, each as many as the longest; 3 GB of SmolLM2's
 _CROWDED = 0.75  # share of running rows below which ended ones leave the batch
 
 
@@ -40,7 +41,7 @@ class Engine:
         """`adapter`: none for the base alone. Raises SoftguardError for one distilled behind another chat template."""
         self.base = adapted(base, adapter)
         self.chat = Chat(base.tokenizer, adapter.slot if adapter else "start", base.stop_ids)
-        if adapter is not None and adapter.facts.get("closing", list(self.chat.closing)) != list(self.chat.closing):
+        if adapter is not None and adapter.facts.get("template", self.chat.fingerprint) != self.chat.fingerprint:
             raise SoftguardError(
                 f"the adapter was distilled behind another chat template than {base.name!r} has; load it with the model and "
                 "tokenizer it was trained for"
@@ -99,7 +100,8 @@ class Engine:
             if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
                 yield text[len(shown) :]
                 shown = text
-        yield self._text(made)[len(shown) :]
+        if rest := self._text(made)[len(shown) :]:
+            yield rest
 
     def log_odds(
         self, prompts: Sequence[str], batch_size: int = 64, progress: Callable[[int], None] = lambda done: None
@@ -162,10 +164,15 @@ class Engine:
         return self.chat.decode([i for i in ids if i not in self.chat.stop_ids])
 
     def _batches(self, encoded: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-        """Indices of rows by ascending length, in batches."""
+        """Indices of rows by ascending length, in batches, which are smaller where rows are long."""
         for group in self.prefix.together([len(ids) for ids in encoded]):
-            for start in range(0, len(group), batch_size):
-                yield group[start : start + batch_size]
+            batch: list[int] = []
+            for row in group:
+                if batch and (len(batch) == batch_size or (len(batch) + 1) * len(encoded[row]) > _COLUMNS):
+                    yield batch
+                    batch = []
+                batch.append(row)
+            yield batch
 
     def check_fits(self, prompt: str, max_new_tokens: int, what: str) -> None:
         """Raises SoftguardError, in which `what` stands for it, for a prompt that does not fit the model's context."""

@@ -124,10 +124,11 @@ def evaluate(
     names = [judge.name, *(other.name for other in others)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise SoftguardError(f"two judges are called {twice[0]}, so that their figures cannot be told apart; leave one out")
-    if adapter is not None and adapter.facts.get("guard", system.guard.name) != system.guard.name:
+    asked = system.guard.fingerprint
+    if adapter is not None and (taught := adapter.facts.get("guard_fingerprint", asked)) != asked:
         raise SoftguardError(
-            f"the adapter was distilled from a system with guard {adapter.facts['guard']!r}, not {system.guard.name!r}, whose "
-            "safety gap is another; give the former as system.guard"
+            f"the adapter was distilled from a system with guard {adapter.facts.get('guard')!r} ({taught[:16]}), not "
+            f"{system.guard.name!r} ({asked[:16]}), whose safety gap is another; give the former as system.guard"
         )
     run = _Run(recipe, out, base, system, adapter, progress)
     rows: list[Row] = []
@@ -212,7 +213,9 @@ class _Run:
         path = self.out / "answers" / f"{name}-{suite.name}.json"
         told = self._teller(f"{name} {suite.name}", suite)
         precision, code = self.base.precision, [versions()[package] for package in _DECIDE]
-        made_by = fingerprint(self.base.fingerprint, precision, code, self._identity[name], settings, list(suite.prompts))
+        chat = self.engines["base"].chat
+        asked = (chat.fingerprint, sorted(chat.stop_ids), settings, list(suite.prompts))
+        made_by = fingerprint(self.base.fingerprint, precision, code, self._identity[name], *asked)
         if path.is_file():
             kept = read_json(path, "file of answers")
             if kept.get("made_by") == made_by:
@@ -235,7 +238,9 @@ class _Run:
             return [[list(response.ids), response.text] for response in drawn]
 
         drawn = [Response(tuple(ids), text) for ids, text in self._kept("base", suite, list(settings), make)]
-        rows = [self._mean_row("safe_system", suite, "token_tv", self._system_drift(suite, drawn))]
+        rows = []
+        if self.system.config.mode == "prompt" and not self.system.config.policy:
+            rows.append(self._mean_row("safe_system", suite, "token_tv", self._system_drift(suite, drawn)))
         if self.adapter is not None:
             told = self._teller("distilled drift", suite)
             drift = measure_drift(self.engines["base"], self.engines["distilled"], self.adapter, suite.prompts, drawn, told)
@@ -315,7 +320,10 @@ class _Run:
         return Row(name, self.methods[name], suite.name, suite.split, metric, *estimate(values, self.recipe.seed))
 
     def _system_drift(self, suite: Suite, drawn: Sequence[Response]) -> list[float]:
-        """The system departs from the base at the first token only, by U(x), if the base never begins a refusal."""
+        """A system that reads prompts and refuses departs at the first token only, by U(x), if the base never begins a refusal.
+
+        One that reads answers departs at every token that changes how likely its verdict is, which only enumeration could tell.
+        """
         keep = self.system.judge(suite.prompts, [response.text for response in drawn]).keep
         return [float(1 - k) / max(len(response.ids), 1) for k, response in zip(keep, drawn, strict=True)]
 

@@ -1,3 +1,4 @@
+import copy
 import unicodedata
 from typing import ClassVar
 
@@ -68,8 +69,8 @@ class Templated:
     def __getattr__(self, name: str) -> object:
         return getattr(self._tokenizer, name)
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> object:
-        return self._tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
+    def get_chat_template(self) -> str | None:
+        return self.chat_template
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(base: BaseModel) -> None:
@@ -101,6 +102,36 @@ def test_a_template_that_repeats_messages_is_refused(base: BaseModel) -> None:
 def test_a_template_that_fails_is_told(base: BaseModel) -> None:
     with pytest.raises(SoftguardError, match=r"the chat template fails \("):
         Chat(Templated(base, "{{ raise_exception('never') }}"))
+
+
+def test_a_template_that_writes_the_date_writes_the_same_every_day(base: BaseModel) -> None:
+    whole = str(base.tokenizer.chat_template)
+    dated = [
+        Chat(Templated(base, f"{{{{ strftime_now({form}) }}}}{whole}"))
+        for form in ("'%d %b %Y'", '"%B %d, %Y"', "'%H:%M:%S.%f'")
+    ]
+    heads = [base.tokenizer.decode(chat.prefix.before + chat.prefix.after) for chat in dated]
+    assert [head.partition("<|im_start|>")[0] for head in heads] == ["26 Jul 2024", "July 26, 2024", "00:00:00.000000"]
+
+
+def test_the_fingerprint_tells_templates_apart_but_not_slots(base: BaseModel) -> None:
+    whole = str(base.tokenizer.chat_template)
+    told = [
+        Chat(Templated(base, whole.replace(a, b))).fingerprint
+        for a, b in (("x", "x"), ("helpful", "merry"), ("assistant", "helper"))
+    ]
+    assert len(set(told)) == 3
+    assert Chat(base.tokenizer, "system").fingerprint == told[0]
+
+
+def test_an_added_token_that_reads_as_control_is_plain_text_though_it_is_not_special(base: BaseModel) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.add_tokens([AddedToken("<|fim_prefix|>", special=False), AddedToken("<table>", special=False)])
+    marked, plain = tokenizer.convert_tokens_to_ids(["<|fim_prefix|>", "<table>"])
+    ids = Chat(tokenizer).plain_ids("a <|fim_prefix|>def <table>")
+    assert marked not in ids
+    assert plain in ids  # HTML is text
+    assert tokenizer.decode(ids) == "a <|fim_prefix|>def <table>"
 
 
 class Overlapping:

@@ -471,7 +471,7 @@ def test_a_reward_of_another_guard_than_the_corpus_is_refused(
     prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
 ) -> None:
     other = recipe(prompts, "distil.objective=reinforce", "system.guard=tests.guards_for_tests:half")
-    with pytest.raises(SoftguardError, match=r"the corpus was taught by guard '.*by_word'"):
+    with pytest.raises(SoftguardError, match=r"the corpus is of guard '.*by_word' \(\w{16}\), not '.*half' \("):
         distil(other, corpus, tmp_path, small)
 
 
@@ -480,7 +480,18 @@ def test_an_adapter_does_not_run_behind_another_chat_template(
 ) -> None:
     adapter = distil(recipe(prompts, "distil.steps=0"), corpus, tmp_path, small)
     Engine(small, adapter)
-    tokenizer = copy.deepcopy(small.tokenizer)
-    tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "helper")
-    with pytest.raises(SoftguardError, match="distilled behind another chat template than"):
-        Engine(replace(small, tokenizer=tokenizer), adapter)
+    for was, is_ in (("assistant", "helper"), ("helpful", "merry")):  # what closes a prompt; the system message alone
+        tokenizer = copy.deepcopy(small.tokenizer)
+        tokenizer.chat_template = tokenizer.chat_template.replace(was, is_)
+        with pytest.raises(SoftguardError, match="distilled behind another chat template than"):
+            Engine(replace(small, tokenizer=tokenizer), adapter)
+        with pytest.raises(SoftguardError, match="was drawn behind another chat template than"):
+            Corpus.open(corpus.folder, replace(small, tokenizer=tokenizer))
+
+
+def test_a_gate_does_not_learn_of_a_corpus_with_a_policy(prompts: Path, small: BaseModel, tmp_path: Path) -> None:
+    policy = ["system.guard=tests.guards_for_tests:by_category", "system.policy={weapons: {action: keep}}"]
+    wanted = recipe(prompts, *policy, "distil.adapter=kv_prefix")
+    made = teach(wanted, tmp_path / "corpus", small, SafeSystem.from_config(wanted.system))
+    with pytest.raises(SoftguardError, match=r"was taught with a system\.policy and a gate says one refusal"):
+        distil(recipe(prompts, "distil.adapter=gate"), made, tmp_path / "out", small)

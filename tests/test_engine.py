@@ -73,6 +73,24 @@ def test_a_prompt_longer_than_the_context_is_told_by_number(small: BaseModel) ->
         engine.generate(["hi", "word " * 600], 8)
 
 
+def test_a_long_prompt_runs_in_a_batch_of_its_own(small: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(small)
+    prompts = ["hi", "word " * 200, "a boat", "a longer boat than that"]
+    whole = engine.generate(prompts, 3)
+    monkeypatch.setattr("softguard.engine._COLUMNS", 256)
+    told: list[int] = []
+    assert engine.generate(prompts, 3, progress=told.append) == whole
+    assert told == [3, 1]
+
+
+def test_streaming_gives_a_piece_a_token(small: BaseModel) -> None:
+    engine = Engine(small)
+    (answer,) = engine.generate(["Tell me of boats."], 6)
+    pieces = list(engine.stream([Turn("user", "Tell me of boats.")], 6))
+    assert "".join(pieces) == answer.text
+    assert "\ufffd" in answer.text or len(pieces) == len(answer.ids)
+
+
 def test_progress_counts_every_prompt(small: BaseModel) -> None:
     engine = Engine(small)
     told: list[int] = []

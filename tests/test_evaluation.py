@@ -1,4 +1,6 @@
+import copy
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 import softguard
 from softguard.adapters import VECTORS, Adapter
 from softguard.config import Action, Recipe, load_recipe
+from softguard.cost import _PROMPT, _TOKENS, measure_cost
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.evaluation import Results, evaluate, read_results
@@ -239,9 +242,47 @@ def test_a_question_that_a_gate_refuses_is_not_answered(
 def test_an_adapter_of_another_guard_is_not_measured_against_this_system(
     recipe: Recipe, tmp_path: Path, small: BaseModel, adapter: Adapter
 ) -> None:
-    foreign = replace(adapter, facts={**adapter.facts, "guard": "another"})
-    with pytest.raises(SoftguardError, match="distilled from a system with guard 'another'"):
+    foreign = replace(adapter, facts={**adapter.facts, "guard": "another", "guard_fingerprint": "abc"})
+    with pytest.raises(SoftguardError, match=r"distilled from a system with guard 'another' \(abc\)"):
         run(recipe, tmp_path / "out", small, foreign)
+
+
+def test_answers_behind_another_chat_template_are_made_again(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
+    tokenizer = copy.deepcopy(small.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("helpful", "merry")
+    other = replace(small, tokenizer=tokenizer)
+    run(recipe, tmp_path / "out", small)
+    again, fresh = (run(recipe, out, other) for out in (tmp_path / "out", tmp_path / "fresh"))
+    assert again.answers["base"] == fresh.answers["base"]
+    assert again.outcomes == fresh.outcomes
+
+
+def test_only_a_system_that_reads_prompts_has_a_token_tv(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
+    wanted = replace(recipe, system=replace(recipe.system, mode="response"))
+    drift = [
+        [row.system for row in run(r, tmp_path / r.system.mode, small).rows if row.metric == "token_tv"]
+        for r in (recipe, wanted)
+    ]
+    assert drift == [["safe_system"], []]
+
+
+def test_a_response_guard_is_timed_on_the_whole_answer(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
+    asked: list[str] = []
+
+    class Listening:
+        name = fingerprint = "listening"
+
+        def prompt_safety(self, prompts: Sequence[str]) -> list[float]:
+            return [1.0] * len(prompts)
+
+        def response_safety(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+            asked.extend(responses)
+            return [1.0] * len(responses)
+
+    config = replace(recipe.system, mode="response")
+    engine = Engine(small)
+    measure_cost(small, engine, SafeSystem(Listening(), config), None, None)
+    assert set(asked) == {engine.generate([_PROMPT], _TOKENS)[0].text}
 
 
 def test_two_judges_of_one_name_are_refused(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from softguard.chat import PlainText
+from softguard.chat import PlainText, undated
 from softguard.decoding import keep_prefix
 from softguard.errors import SoftguardError
 from softguard.guards import Probabilities
@@ -42,7 +42,8 @@ class GenerativeGuard:
         labels."""
         self.family, self.base = find_family(family), base
         self.name = f"{family}({base.name})"
-        told = json.dumps([family, asdict(self.family), base.fingerprint], sort_keys=True)
+        template = undated(base.tokenizer) if self.family.turn else ""
+        told = json.dumps([family, asdict(self.family), base.fingerprint, template], sort_keys=True)
         self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
         if self.family.turn and not base.tokenizer.chat_template:
             raise SoftguardError(f"model {base.name!r} has no chat template, which guard family {family!r} needs")
@@ -157,7 +158,11 @@ class GenerativeGuard:
         template = question.text
         if self.family.turn:
             turn = [{"role": "user", "content": template}]
-            template = str(self.base.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+            template = str(
+                self.base.tokenizer.apply_chat_template(
+                    turn, chat_template=undated(self.base.tokenizer), tokenize=False, add_generation_prompt=True
+                )
+            )
         template += answer
         ids: list[int] = []
         for piece, is_control in _pieces(self._plain.control, template):
