@@ -19,10 +19,10 @@ def teach_plan(recipe: Recipe, base: BaseModel) -> str:
     """What `teach` would draw and roughly how long it would take. Reads and checks all prompts."""
     check_prompts(recipe, Engine(base))
     wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
-    texts = {source: [prompt.text for prompt in read_prompts(source, limit)] for source, limit in wanted}
-    count = sum(map(len, texts.values())) * recipe.teach.responses
-    seconds = generation_seconds(base, [t for part in texts.values() for t in part], recipe.teach.max_new_tokens) * count
-    parts = " and ".join(f"{len(part):,} prompts of {source}" for source, part in texts.items())
+    texts = [[prompt.text for prompt in read_prompts(source, limit)] for source, limit in wanted]
+    count = sum(map(len, texts)) * recipe.teach.responses
+    seconds = generation_seconds(base, [text for part in texts for text in part], recipe.teach.max_new_tokens) * count
+    parts = " and ".join(f"{len(part):,} prompts of {source}" for part, (source, _) in zip(texts, wanted, strict=True))
     return (
         f"teach: draw {recipe.teach.responses} response(s) of up to {recipe.teach.max_new_tokens} tokens to {parts} from "
         f"{base.name}, score them with guard {recipe.system.guard} in {recipe.system.mode} mode; about {minutes(seconds)}"

@@ -14,7 +14,7 @@ from softguard.config import Recipe
 from softguard.distill import distil
 from softguard.errors import SoftguardError
 from softguard.files import read_json
-from softguard.study import Grid, load_grid, read_table, run_study
+from softguard.study import Grid, load_grid, read_table, run_study, study_tasks
 from softguard.study.grid import Arm
 from softguard.study.table import TIMINGS, join_tables
 from softguard.study.workers import Task, open_workers, run_tasks
@@ -105,6 +105,7 @@ def test_without_lengths_the_common_recipe_s_is_taken_and_overrides_reach_the_gr
         ("study.adapters.kv_prefix.learning_rates=[fast]", "must be float"),
         ("study.adapters.kv_prefix.learning_rates=[1e-2, 1e-2]", "are the same"),
         ("study.adapters.kv_prefix.set=[distil.steps=0]", "no learning rate to choose"),
+        ("study.lengths=[]", "study.rows.one step.lengths names 8, but study.lengths is empty"),
         ("study.bases={}", "name a base"),
         ("study.bases=[a]", "must be a section"),
     ],
@@ -156,6 +157,10 @@ def fail() -> None:
     raise SoftguardError("it went wrong")
 
 
+def run_out() -> None:
+    raise MemoryError("no room\nfor 3 GB")
+
+
 def test_tasks_wait_for_what_they_need_and_are_dropped_with_it(tmp_path: Path) -> None:
     from functools import partial
 
@@ -167,6 +172,7 @@ def test_tasks_wait_for_what_they_need_and_are_dropped_with_it(tmp_path: Path) -
         Task("first", write("first")),
         Task("broken", fail),
         Task("dropped", write("dropped"), ("broken",)),
+        Task("too large", run_out),
     ]
     ended: list[tuple[str, str]] = []
     with open_workers(1) as workers:
@@ -177,6 +183,7 @@ def test_tasks_wait_for_what_they_need_and_are_dropped_with_it(tmp_path: Path) -
         "last": "",
         "broken": "it went wrong",
         "dropped": "it went wrong",
+        "too large": "MemoryError: no room for 3 GB",
     }
 
 
@@ -313,6 +320,26 @@ def test_a_suite_that_was_rewritten_is_asked_of_all_cells_again(done: tuple[Path
         suite.write_text(text)
     assert len(asked(done[1])) == len(asked(table)) == 1
     assert asked(table) != asked(done[1])
+
+
+def test_cells_of_a_corpus_that_was_replaced_are_not_taken_over(done: tuple[Path, Path], tmp_path: Path) -> None:
+    some = load_grid(done[0], ["study.adapters={}", "study.objectives={}"])
+    out = shutil.copytree(done[1].parent, tmp_path / "out")
+    assert not study_tasks(some, out)
+    shutil.rmtree(out / "small/corpus")
+    prompts = done[0].parent / "asked.txt"
+    text = prompts.read_text()
+    prompts.write_text(text.replace("comet", "moon"))
+    try:
+        with pytest.raises(SoftguardError, match=r"2 tasks .* holds a run with other settings, model, precision or corpus"):
+            run_study(some, out)
+        assert not read_table(out / "cells.parquet")
+        shutil.rmtree(out / "small/cells")
+        after = read_table(run_study(some, out))
+    finally:
+        prompts.write_text(text)
+    assert {row["row"] for row in after} == {"soft", "text"}
+    assert not {row["corpus"] for row in after} & {row["corpus"] for row in read_table(done[1])}
 
 
 def test_cells_join_where_the_same_model_has_another_name(done: tuple[Path, Path], small_folder: Path, tmp_path: Path) -> None:

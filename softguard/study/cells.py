@@ -42,9 +42,15 @@ class Ground:
     recipe: Recipe
     folder: Path
 
+    @property
+    def measuring(self) -> dict[str, str | None]:
+        """Identity of what its cells are asked and how: of the recipe's names, of the prompts and judges behind them, and of
+        the corpus, which is that of the model and the guard, too.
+        """
+        return {**self._asked, "corpus": _corpus(self.folder)}
+
     @cached_property
-    def measuring(self) -> dict[str, str]:
-        """Identity of what its cells are asked and how: of the recipe's names, and of the prompts and judges behind them."""
+    def _asked(self) -> dict[str, str]:
         wanted = self.recipe.evaluate
         suites = [list(suite) for suite in load_suites(wanted.suites, wanted.split, wanted.limit)]
         judges = [load_judge(spec).fingerprint for spec in (wanted.judge, *wanted.other_judges)]
@@ -71,7 +77,7 @@ def attempt(ground: Ground, cell: Cell, folder: Path) -> None:
         try:
             _train(ground, cell, folder)
         except DivergedError as error:
-            write_json(folder / "cell.json", {"training": _training(cell.recipe), "diverged": str(error)})
+            write_json(folder / "cell.json", {**_trained_by(cell, folder), "diverged": str(error)})
 
 
 def finish(ground: Ground, arm: Arm, number: int, out: Path) -> None:
@@ -122,14 +128,17 @@ def validation_loss(cell: Cell, out: Path) -> float:
 
 
 def is_trained(cell: Cell, folder: Path) -> bool:
-    """Whether `folder` holds the cell's adapter, and no other recipe's."""
+    """Whether `folder` holds the cell's adapter, and no other recipe's or corpus's."""
     return is_tried(cell, folder) and "diverged" not in read_json(folder / "cell.json", "cell")
 
 
 def is_tried(cell: Cell, folder: Path) -> bool:
     """Whether `folder` holds the cell's adapter, or that its rate is too large for one."""
     path = folder / "cell.json"
-    return path.is_file() and read_json(path, "cell")["training"] == _training(cell.recipe)
+    if not path.is_file():
+        return False
+    seal = read_json(path, "cell")
+    return all(seal.get(key) == value for key, value in _trained_by(cell, folder).items())
 
 
 def is_finished(ground: Ground, arm: Arm, number: int, out: Path) -> bool:
@@ -161,12 +170,21 @@ def _train(ground: Ground, cell: Cell, folder: Path) -> None:
     begin = time.perf_counter()
     distil(cell.recipe, Corpus.open(ground.folder / "corpus", base), folder, base)
     seconds = None if resumed else time.perf_counter() - begin  # of a part of the steps it would mislead
-    seal: dict[str, Any] = {"training": _training(cell.recipe), "train_seconds": seconds, "evaluation": None}
+    seal = {**_trained_by(cell, folder), "train_seconds": seconds, "evaluation": None}
     write_json(folder / "cell.json", seal)
 
 
-def _training(recipe: Recipe) -> str:
-    return fingerprint(recipe.model, recipe.system, recipe.teach, recipe.distil, recipe.seed)
+def _trained_by(cell: Cell, folder: Path) -> dict[str, str | None]:
+    """Identity of a cell's training: of the recipe's names, and of the corpus behind them; `folder` is in its base's."""
+    recipe = cell.recipe
+    names = fingerprint(recipe.model, recipe.system, recipe.teach, recipe.distil, recipe.seed)
+    return {"training": names, "corpus": _corpus(folder.parents[len(cell.place.parts) - 2])}
+
+
+def _corpus(folder: Path) -> str | None:
+    """Identity of the corpus of a base's folder; none before it is finished."""
+    path = folder / "corpus" / "manifest.json"
+    return read_json(path, "corpus").get("fingerprint") if path.is_file() else None
 
 
 @lru_cache(maxsize=1)  # a worker's cells come base by base

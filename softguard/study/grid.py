@@ -190,8 +190,7 @@ def _check_names(study: GridConfig) -> None:
         "objectives": list(study.objectives),
         "seeds": study.seeds,
     }
-    if study.lengths:
-        known["lengths"] = study.lengths
+    known["lengths"] = study.lengths
     for where, part in parts.items():
         for key, allowed in known.items():
             for value in getattr(part, key, ()):

@@ -90,11 +90,13 @@ def open_workers(count: int, ray_address: str | None = None, cores: int = 0) -> 
 
 
 def _attempt(run: Callable[[], None]) -> str:
-    """Run, and give the line of a SoftguardError, which a pickled exception would lose its type over."""
+    """Run, and give the line of an error, which a pickled exception would lose its type over; the other tasks go on."""
     try:
         run()
     except SoftguardError as error:
         return str(error)
+    except Exception as error:  # such as torch.OutOfMemoryError of a GPU that is shared
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
     return ""
 
 
