@@ -230,6 +230,8 @@ def teach(
         write_json(out / "manifest.json", {**teacher, "fingerprint": None})
     engine, sources = Engine(base), _sources(recipe)
     totals = check_prompts(recipe, engine)
+    if recipe.teach.keep_caches:
+        engine.caches([])  # fails for a model they are not kept of, before anything is drawn
     shards: dict[str, list[str]] = {}
     prompts: dict[str, int] = {}
     for split, source in sources.items():

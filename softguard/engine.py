@@ -172,7 +172,8 @@ class Engine:
                     yield batch
                     batch = []
                 batch.append(row)
-            yield batch
+            if batch:
+                yield batch
 
     def check_fits(self, prompt: str, max_new_tokens: int, what: str) -> None:
         """Raises SoftguardError, in which `what` stands for it, for a prompt that does not fit the model's context."""

@@ -104,6 +104,7 @@ def test_caches_of_a_model_that_transformers_runs_are_refused(
     monkeypatch.setattr(frozen, "is_plain", lambda decoder: False)
     with pytest.raises(SoftguardError, match=r"leave teach\.keep_caches out"):
         make(prompts, tmp_path / "corpus", small, "teach.keep_caches=true")
+    assert not list((tmp_path / "corpus").glob("train/*"))
 
 
 def test_hidden_states_are_kept_on_demand_only(prompts: Path, tmp_path: Path, small: BaseModel) -> None:

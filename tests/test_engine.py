@@ -81,6 +81,7 @@ def test_a_long_prompt_runs_in_a_batch_of_its_own(small: BaseModel, monkeypatch:
     told: list[int] = []
     assert engine.generate(prompts, 3, progress=told.append) == whole
     assert told == [3, 1]
+    assert engine.generate([], 3) == []
 
 
 def test_streaming_gives_a_piece_a_token(small: BaseModel) -> None:

@@ -86,6 +86,17 @@ def test_figures_are_what_the_answers_and_the_judge_say(
     assert closed.value == 0.0
 
 
+def test_refusals_are_set_beside_the_system_s_prompt_by_prompt(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
+    wanted = replace(recipe, system=replace(recipe.system, refusal="I'm sorry, no."))
+    results = run(wanted, tmp_path / "out", small, random_adapter(small, "soft_prompt"))
+    row = results.find("distilled", "asked-benign", "over_refusal_change")
+    kept = {o.system: o.values for o in results.outcomes if (o.suite, o.metric) == ("asked-benign", "over_refusal")}
+    assert row is not None
+    assert kept["safe_system"] == (0.0, 1.0)  # the guard knows one word
+    assert row.value == pytest.approx(np.mean(kept["distilled"]) - 0.5)
+    assert row.low <= row.value <= row.high
+
+
 def test_drift_of_the_distilled_model_is_that_of_whole_rows(
     recipe: Recipe, tmp_path: Path, small: BaseModel, adapter: Adapter
 ) -> None:

@@ -59,6 +59,7 @@ def results(gap: tuple[float, float, float] = (0.912, 0.8, 0.98), over_refusal: 
             row("base", "contrast", "over_refusal", 0.02, 0.01, 0.04, n=100),
             row("safe_system", "contrast", "over_refusal", 0.06, 0.04, 0.08, n=100),
             row("distilled", "contrast", "over_refusal", over_refusal, over_refusal - 0.01, over_refusal + 0.01, n=100),
+            row("distilled", "contrast", "over_refusal_change", over_refusal - 0.06, over_refusal - 0.07, 1.0, n=100),
             row("base", "everyday", "over_refusal", 0.0, 0.0, 0.01),
             row("safe_system", "drift", "token_tv", 0.0021, 0.002, 0.0022),
             row("distilled", "drift", "token_kl", 0.03149, 0.029, 0.034),

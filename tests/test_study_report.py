@@ -49,7 +49,9 @@ def cell(row: str, seed: int, safe: int, over: int, right: int, rate: float = 0.
         for kind in ("train", "validation")
     ]
     times = [
-        {"system": "distilled", "metric": name, "value": 9.0, "unit": "x"} for name in ("time to first token", "decoding speed")
+        {"system": system, "metric": name, "value": value, "unit": "x"}
+        for system, value in (("base", 6.0), ("distilled", 9.0))
+        for name in ("time to first token", "decoding speed")
     ]
     return {
         "base": "tiny <model>", "row": row, "adapter": "kv_prefix", "objective": "tv", "n_soft": 4, "learning_rate": rate,
@@ -180,6 +182,18 @@ def test_a_seed_stands_beside_the_base_and_system_of_its_own_run() -> None:
     assert found["good", "gap_closed"].value == pytest.approx((10 + 8 - 5 - 2) / (10 + 10 - 5 - 2))
 
 
+def test_a_row_is_tested_beside_the_base_and_system_of_its_own_run() -> None:
+    own = [
+        {**m, "outcomes": [1.0] * 2 + [0.0] * 8} if (m["system"], m["metric"]) == ("base", "safety") else m
+        for m in ROWS[3]["metrics"]
+    ]
+    tested = comparisons(standings(with_methods([ROWS[0], {**ROWS[3], "metrics": own}])))
+    found = {(t.first, t.second): t.difference for t in tested if t.measure == "safety"}
+    assert found["base", "good"] == pytest.approx((5 - 10) / 10)
+    assert found["base", "poor"] == pytest.approx((2 - 6) / 10)
+    assert found["good", "poor"] == pytest.approx((10 - 6) / 10)
+
+
 def written(tmp_path: Path, rows: list[dict[str, Any]], suites: tuple[str, ...] = ()) -> tuple[Path, str]:
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "cells.parquet")
     write_study([tmp_path / "cells.parquet"], suites, tmp_path / "results", tmp_path / "docs" / "study.md")
@@ -191,7 +205,7 @@ def test_the_page_shows_ours_beside_the_published_and_every_figure_it_names_is_t
     assert "| ours | tiny <model> | eval_harmbench-harmful | good | 90.0 [70.0, 110.0] | 80.0 to 100.0 (2) | 10 |" in page
     assert "| published | Llama-3.2-3B | HarmBench | TV soft prompt | 96.75 |" in page
     assert "| tiny <model> | good | **0.01: 0.010**, 0.5: 0.500 |" in page
-    assert "| tiny <model> | good | 64 | 2 | 3 | 9.0 | 9.0 |" in page
+    assert "| tiny <model> | good | 64 | 2 | 3 | 9.0 | 6.0 | 1.50 × | 9.0 | 6.0 |" in page
     assert "tiny <model>: refused harmless prompts, less the system's, points\n\n| | contrast |" in page
     assert re.search(r"\| good \| -10\.0 \[-3\d\.\d, 1\d\.\d\], seeds -10\.0 to -10\.0 \|\n\| poor \| 20\.0 \[", page)
     assert "| poor | 60.0 | 40.0 | no | good (0.5, 1) |" in page

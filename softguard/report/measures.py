@@ -190,11 +190,8 @@ def _headline(rows: list[Row]) -> str:
 
 def _price_in_refusals(rows: list[Row]) -> str:
     """A model that refuses everything closes every gap, so the headline says if harmless prompts pay for it."""
-    found = {(row.system, row.suite): row for row in rows if row.metric == "over_refusal"}
-    for suite in suites_of(rows, "over_refusal"):
-        ours, theirs = found.get(("distilled", suite)), found.get(("safe_system", suite))
-        if ours and theirs and ours.low > theirs.value:
-            return ", but refuses more harmless prompts than the safe system"
+    if any(row.low > 0 for row in rows if row.metric == "over_refusal_change"):
+        return ", but refuses more harmless prompts than the safe system"
     return ""
 
 

@@ -24,6 +24,7 @@ _WORDS = {
     "token_tv": "token TV to the base",
 }
 _SHARES = ("harmbench", "best-rate", "trained-kind", "jailbreak", "judge", "over-refusal", "mmlu", "reasoning")  # of 100 %
+_TIMES = ("time to first token", "decoding speed")
 _PANELS = (
     ("loss", "Training loss of the row's own objective", "loss"),
     ("refuses", "Begins a refusal where the system refuses, validation", "share"),
@@ -84,7 +85,7 @@ def write_study(tables: Sequence[Path], suites: Sequence[str], folder: Path, pag
 def _head(rows: Sequence[Row], suites: Sequence[str], where: str) -> list[str]:
     seeds = sorted({row["seed"] for row in rows})
     return [
-        "# The study",
+        f"# Study: {os.path.basename(where)}",
         "",
         f"Written by `softguard study RECIPE --out … --report …` from [cells.parquet]({where}/cells.parquet), a row a cell. "
         f"Bases: {_listed(row['base'] for row in rows)}. Guard: {_listed(row['guard'] for row in rows)}. Judge: "
@@ -94,7 +95,9 @@ def _head(rows: Sequence[Row], suites: Sequence[str], where: str) -> list[str]:
         "Ours: mean over seeds, with the outermost ends of the seeds' 95 % intervals over prompts and, of several seeds, the "
         f"least and the most. Published: {SOURCE}. They are of other models, guard and judge unless the names agree: compare "
         f"orders and gaps, not levels. All figures are in [exhibits.csv]({where}/exhibits.csv), all paired tests in "
-        f"[tests.csv]({where}/tests.csv). The Pareto sets count {', '.join(suites) if suites else 'all suites of a measure'}.",
+        f"[tests.csv]({where}/tests.csv). The Pareto sets count {', '.join(suites) if suites else 'all suites of a measure'}. "
+        "Right answers are those of likeliest choices; what the system or a gate refuses is wrong, but what another adapter "
+        "refuses in words is not seen there.",
         "",
     ]
 
@@ -131,16 +134,24 @@ def _rates(rows: Sequence[Row]) -> list[str]:
 
 
 def _costs(rows: Sequence[Row]) -> list[str]:
-    """What every row trains, and what it takes."""
-    text = ["## Cost", "", "| base | row | numbers trained | steps | seconds of training | ms to the first token | tokens/s |"]
-    text.append("|" + " --- |" * 7)
+    """What every row trains, and what it takes beside its base in the same run; runs may be of different machines."""
+    text = [
+        "## Cost",
+        "",
+        "Milliseconds to the first token and tokens a second of the first seed's run, beside those of its base there. Runs are "
+        "of different machines: compare what a row takes over its base, not rows with each other, nor seconds of training.",
+        "",
+        "| base | row | numbers | steps | seconds of training | first token, ms | base's | over it | tokens/s | base's |",
+        "|" + " --- |" * 10,
+    ]
     for group in by_method(rows):
         times = [row["train_seconds"] for row in group if row["train_seconds"] is not None]
         taken = {(c["system"], c["metric"]): c["value"] for c in group[0]["cost"]}
-        first, speed = taken["distilled", "time to first token"], taken["distilled", "decoding speed"]
+        first, speed = ([taken[name, metric] for name in ("distilled", "base")] for metric in _TIMES)
         text.append(
             f"| {group[0]['base']} | {group[0]['method']} | {group[0]['parameters']:,} | {group[0]['steps']} | "
-            f"{f'{np.mean(times):.0f}' if times else '–'} | {first:.1f} | {speed:.1f} |"
+            f"{f'{np.mean(times):.0f}' if times else '–'} | {first[0]:.1f} | {first[1]:.1f} | {first[0] / first[1]:.2f} × | "
+            f"{speed[0]:.1f} | {speed[1]:.1f} |"
         )
     return [*text, ""]
 

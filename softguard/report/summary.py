@@ -51,7 +51,7 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
             kept = group if system == "distilled" else group[:1]
             method = SYSTEMS.get(system) or group[0]["method"]
             for m in group[0]["metrics"]:
-                if m["system"] != system:
+                if m["system"] != system or m["metric"] == "over_refusal_change":  # it follows from over_refusal, of all seeds
                     continue
                 for metric, estimate, each in _estimates(kept, system, m["suite"], m["metric"]):
                     ends = (min(each), max(each))

@@ -1,6 +1,6 @@
 """Which rows of a study are worth shipping: Pareto sets, and paired tests of every two systems on the same prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ class Standing(NamedTuple):
     shares: dict[str, float]
     hits: dict[str, list[bool]]  # of the first seed, by measure; over the same prompts for all systems of a base
     learned: bool  # base or a row, which can be shipped without the guard
+    beside: Mapping[str, dict[str, list[bool]]]  # hits of base and safe system in that seed's run, by their names
 
 
 class Comparison(NamedTuple):
@@ -53,12 +54,14 @@ def standings(rows: Sequence[Row], suites: Sequence[str] = ()) -> list[Standing]
         systems = ["distilled"] if any(s.base == base for s in found) else [*SYSTEMS, "distilled"]
         for system in systems:
             kept = group if system == "distilled" else group[:1]
-            hits = {m: h for m in TESTED if (h := _hits(kept[0], system, m, suites))}
+            hits, *others = ({m: h for m in TESTED if (h := _hits(kept[0], name, m, suites))} for name in (system, *SYSTEMS))
+            beside = dict(zip(SYSTEMS.values(), others, strict=True)) if system == "distilled" else {}
             # One division, not one a seed: shares that are equal must not differ by how they were rounded.
             shares = {m: float(np.mean([hit for row in kept for hit in _hits(row, system, m, suites)])) for m in hits}
             if strays := [value for row in kept for value in _token_tv(row, system)]:
                 shares["token_tv"] = float(np.mean(strays))
-            found.append(Standing(base, SYSTEMS.get(system) or group[0]["method"], shares, hits, system != "safe_system"))
+            method = SYSTEMS.get(system) or group[0]["method"]
+            found.append(Standing(base, method, shares, hits, system != "safe_system", beside))
     return found
 
 
@@ -77,14 +80,14 @@ def front(standing: Sequence[Standing], axes: tuple[str, str]) -> list[Member]:
 
 
 def comparisons(standing: Sequence[Standing]) -> list[Comparison]:
-    """Every two systems of a base model on every measure, on the same prompts."""
+    """Every two systems of a base model on every measure, on the same prompts; a row beside base and system of its own run."""
     found = []
     for base in dict.fromkeys(s.base for s in standing):
         for measure in TESTED:
             pairs = list(combinations([s for s in standing if s.base == base and measure in s.hits], 2))
-            p_values = [stats.mcnemar(a.hits[measure], b.hits[measure]) for a, b in pairs]
-            for (a, b), p, adjusted in zip(pairs, p_values, stats.holm(p_values), strict=True):
-                first, second = a.hits[measure], b.hits[measure]
+            hits = [(b.beside.get(a.method, a.hits)[measure], b.hits[measure]) for a, b in pairs]  # base and system come first
+            p_values = [stats.mcnemar(first, second) for first, second in hits]
+            for (a, b), (first, second), p, adjusted in zip(pairs, hits, p_values, stats.holm(p_values), strict=True):
                 gap = float(np.mean(first) - np.mean(second))
                 found.append(Comparison(base, measure, a.method, b.method, len(first), gap, p, adjusted))
     return found
