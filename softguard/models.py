@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib.util
+import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,9 +148,13 @@ def fingerprint(model: Any) -> str:
     """Identity of a model's weights and quantisation: 16 hex digits.
 
     Hashes every parameter's name, shape and up to 1,024 evenly spaced values, rounded to bfloat16 so that the same weights
-    loaded in float32 and in bfloat16 are the same model, while another quantisation of them is another model.
+    loaded in float32 and in bfloat16 are the same model, while another quantisation of them is another model. So is one whose
+    positions are scaled (YaRN, linear, …) where others of these weights' are not.
     """
     digest = hashlib.sha256()
+    positions = json.dumps(getattr(model.config, "rope_parameters", None), sort_keys=True, default=str)
+    if set(re.findall(r'"rope_type": "(\w+)"', positions)) - {"default"}:
+        digest.update(positions.encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // 1024)][:1024].to(torch.bfloat16)

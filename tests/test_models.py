@@ -1,3 +1,5 @@
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,14 @@ def test_other_weights_are_another_model(small: BaseModel) -> None:
     with torch.no_grad():
         weight[0, 0] -= 1
     assert changed != small.fingerprint
+
+
+def test_the_same_weights_behind_scaled_positions_are_another_model(small_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_folder, tmp_path / "scaled")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {**config["rope_parameters"], "rope_type": "linear", "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_base(str(folder)).fingerprint != load_base(str(small_folder)).fingerprint
 
 
 def test_the_head_gives_the_same_logits_for_rows_and_for_their_flat_tokens(small: BaseModel) -> None:
