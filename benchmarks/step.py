@@ -75,9 +75,17 @@ def _sides(shape: Shape, dtype: str) -> dict[str, Callable[[], Any]]:
         "softguard, kept, in two parts": parted,
         "products of softguard": products(base, ours),
         "products of softguard, kept": products(base, from_corpus),
-        "peft + trl GKD loss": peft_gkd(load_base(dtype=dtype), shape),
-        "peft + trl SDFTTrainer": sdft(load_base(dtype=dtype), shape),
+        "peft + trl GKD loss": peft_gkd(_fastest(dtype), shape),
+        "peft + trl SDFTTrainer": sdft(_fastest(dtype), shape),
     }
+
+
+def _fastest(dtype: str) -> BaseModel:
+    """The base with the attention that trains faster on processors in bfloat16; elsewhere with transformers' choice."""
+    base = load_base(dtype=dtype)
+    if (base.device.type, dtype) == ("cpu", "bfloat16"):
+        base.model.set_attn_implementation("eager")
+    return base
 
 
 def our_trainer(base: BaseModel, shape: Shape, keep_hidden: bool, parts: int = 1) -> _Trainer:
@@ -103,8 +111,8 @@ class Answers:
 
     all: list[Example]
     fingerprint: str = ""
-    manifest: Mapping[str, list[str] | None] = field(
-        default_factory=lambda: {"guard": ["none"], "refusals": ["No."], "threshold": None}
+    manifest: Mapping[str, Any] = field(
+        default_factory=lambda: {"guard": "", "guard_fingerprint": "", "policy": False, "refusals": ["No."], "threshold": None}
     )
 
     def examples(self, split: str, indices: list[int], caches: bool = False) -> list[Example]:

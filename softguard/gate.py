@@ -94,13 +94,20 @@ class Gate:
                 f"a gate sees a prompt whole, and this model's attention has a window of {window} tokens, of which the prompt "
                 f"leaves no room for {more} more; shorten it, or use distil.adapter=kv_prefix"
             )
-        output = self.base.model.get_decoder()(
-            input_ids=closing.expand(len(mask), -1),
-            attention_mask=torch.cat([mask, mask.new_ones(len(mask), more)], dim=1),
-            position_ids=positions[:, None] + torch.arange(len(closing), device=mask.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        decoder = self.base.model.get_decoder()
+        usual = decoder.config._attn_implementation
+        if torch.is_grad_enabled() and (mask.device.type, self.base.model.dtype) == ("cpu", torch.bfloat16):
+            decoder.config._attn_implementation = "eager"  # the fused attention's backward pass is slow there
+        try:
+            output = decoder(
+                input_ids=closing.expand(len(mask), -1),
+                attention_mask=torch.cat([mask, mask.new_ones(len(mask), more)], dim=1),
+                position_ids=positions[:, None] + torch.arange(len(closing), device=mask.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        finally:
+            decoder.config._attn_implementation = usual
         return output.last_hidden_state[:, -1]  # type: ignore[no-any-return]
 
     def log_odds(self, logits: Tensor) -> Tensor:

@@ -99,8 +99,6 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
         dtype = "bfloat16" if fast else "float32"
     if dtype not in DTYPES:
         raise SoftguardError(f"dtype {dtype!r} is unknown; use one of auto, {', '.join(DTYPES)}")
-    # On CPUs the fused attention's backward pass is slow in bfloat16, slower than the whole of a short training step.
-    attention = "eager" if (device, dtype) == ("cpu", "bfloat16") else None  # none: transformers chooses what the model has
     source, extra = locate(spec)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
@@ -109,9 +107,7 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
         safe = {} if extra else {"use_safetensors": True}  # a GGUF file is no pickle either
         with read_once(), bar_on_terminals():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=DTYPES[dtype], trust_remote_code=False, attn_implementation=attention, **extra, **safe
-            )
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], trust_remote_code=False, **extra, **safe)
     except Exception as error:  # readers of damaged files raise whatever their parsers do
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise SoftguardError(
