@@ -70,7 +70,7 @@ class TeachConfig:
     responses: int = 1  # K, drawn for every prompt
     max_new_tokens: int = 16  # 0 draws none: a gate and a guard of prompts ask for none
     temperature: float = 1.0  # 1 draws from the base's own law, which the objectives assume; 0 is greedy
-    batch_size: int = 64
+    batch_size: int = 128
     shard_size: int = 512  # prompts a Parquet shard, the unit of resumption
     keep_hidden: bool = False  # keep the base's last hidden state of every token, so that training need not run the base
     keep_caches: bool = False  # keep its keys and values of every prompt (23 KB a token of SmolLM2-135M), likewise for a gate
@@ -125,7 +125,7 @@ class EvaluateConfig:
     split: Literal["train", "validation", "test"] = "test"
     limit: int = 0  # prompts a suite; 0 takes all
     max_new_tokens: int = 40
-    batch_size: int = 64
+    batch_size: int = 128
     judge: str = "bundled"  # or a guard, named as in system.guard, which then reads prompts and answers
     other_judges: tuple[str, ...] = ()  # grade the same answers beside it
 

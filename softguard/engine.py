@@ -53,7 +53,7 @@ class Engine:
         self,
         prompts: Sequence[str],
         max_new_tokens: int,
-        batch_size: int = 64,
+        batch_size: int = 128,
         temperature: float = 0.0,
         seed: int = 0,
         progress: Callable[[int], None] = lambda done: None,
@@ -104,7 +104,7 @@ class Engine:
             yield rest
 
     def log_odds(
-        self, prompts: Sequence[str], batch_size: int = 64, progress: Callable[[int], None] = lambda done: None
+        self, prompts: Sequence[str], batch_size: int = 128, progress: Callable[[int], None] = lambda done: None
     ) -> Tensor:
         """A gate's log-odds of refusing single-turn prompts, (prompts,); −∞ without a gate, which nothing else refuses by.
 
@@ -124,7 +124,7 @@ class Engine:
         return result
 
     def caches(
-        self, prompts: Sequence[str], batch_size: int = 64, progress: Callable[[int], None] = lambda done: None
+        self, prompts: Sequence[str], batch_size: int = 128, progress: Callable[[int], None] = lambda done: None
     ) -> list[Tensor]:
         """Keys and values of single-turn prompts up to the template's closing, (layers, 2, key heads, tokens, width) each.
 
@@ -142,7 +142,7 @@ class Engine:
         return [found[i] for i in range(len(prompts))]
 
     def refuses(
-        self, prompts: Sequence[str], batch_size: int = 64, progress: Callable[[int], None] = lambda done: None
+        self, prompts: Sequence[str], batch_size: int = 128, progress: Callable[[int], None] = lambda done: None
     ) -> list[bool]:
         """Which prompts a gate refuses in greedy answers; none without a gate."""
         return (~(self.log_odds(prompts, batch_size, progress) < 0)).tolist()  # what is no number refuses
@@ -152,7 +152,7 @@ class Engine:
         prompts: Sequence[str],
         answers: Sequence[str],
         max_new_tokens: int,
-        batch_size: int = 64,
+        batch_size: int = 128,
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[str]:
         """What `generate` says greedily with a gate, given the base's greedy `answers`, of which none has to be made again."""
