@@ -2,8 +2,8 @@
 
     python -m benchmarks.evaluation [--rounds 5] [--threads 2] [--prompts 200]
 
-lm-eval gets the same templated prompts, the same weights and the fastest of some batch sizes, found by a trial. "products"
-replays the matrix products of ours alone, as `benchmarks.step` does: what would be left if all else were free.
+lm-eval gets the same templated prompts, the same weights and the fastest of some batch sizes, found by two trials each.
+"products" replays the matrix products of ours alone, as `benchmarks.step` does: what would be left if all else were free.
 """
 
 import time
@@ -26,12 +26,12 @@ def main() -> None:
     before = machine(options.threads)
     engine, texts = engine_and_texts("test", options.prompts)
     base = engine.base
-    trials = {}
-    for size in SIZES:
+    trials: dict[int, float] = {}
+    for size in SIZES * 2:  # twice, since on a noisy machine one trial each can choose a slower size
         model, some = _lm_eval(base, size), thin(texts, 2 * size)
         begin = time.perf_counter()
         _answer(model, base, some)
-        trials[size] = round(60 * len(some) / (time.perf_counter() - begin), 1)
+        trials[size] = max(trials.get(size, 0.0), round(60 * len(some) / (time.perf_counter() - begin), 1))
     best = max(trials, key=lambda size: trials[size])
     model = _lm_eval(base, best)
     ours = partial(engine.generate, texts, TOKENS)
