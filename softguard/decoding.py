@@ -206,8 +206,8 @@ class _PlainRows:
         place = torch.tensor(order, device=base.device)
         last = torch.empty_like(place).index_copy_(0, place, self.lengths[place].cumsum(0) - 1)
         if aside is None:
-            return self._output(hidden[last]), self
-        logits, ends, _ = self._output(torch.cat([hidden[last], hidden[count:][aside.last]]))  # the head is read once
+            return _output(base, hidden[last]), self
+        logits, ends, _ = _output(base, torch.cat([hidden[last], hidden[count:][aside.last]]))  # the head is read once
         return Output(logits[: len(last)], ends[: len(last)], logits[len(last) :]), self
 
     @classmethod
@@ -245,7 +245,7 @@ class _PlainRows:
         embeddings = self.base.model.get_input_embeddings()(ids)
         last = frozen.infer(self.decoder, embeddings, self.start + self.lengths, attend)
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
-        return self._output(last)
+        return _output(self.base, last)
 
     def _make_room(self) -> None:
         self.mask = torch.nn.functional.pad(self.mask, (0, _ROOM), value=torch.finfo(self.mask.dtype).min)
@@ -258,10 +258,6 @@ class _PlainRows:
     def keep(self, rows: Tensor) -> None:
         self.lengths, self.mask = self.lengths[rows], self.mask[rows]
         self.buffers = [_Kept(*(x[rows] for x in kept)) for kept in self.buffers]
-
-    def _output(self, hidden: Tensor) -> Output:
-        logits = self.base.head.logits(hidden)
-        return Output(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden)
 
 
 class _Together:
@@ -372,8 +368,13 @@ class _AnyRows:
             past_key_values=self.cache,
             use_cache=True,
         )
-        last = output.last_hidden_state[:, -1]
-        return Output(self.base.head.logits(last), last)
+        return _output(self.base, output.last_hidden_state[:, -1])
+
+
+def _output(base: BaseModel, hidden: Tensor) -> Output:
+    """Of last hidden states (rows, hidden); logits in float32 at least, in which laws are made of them."""
+    logits = base.head.logits(hidden)
+    return Output(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden)
 
 
 def _empty_cache(base: BaseModel) -> Any:
