@@ -179,8 +179,15 @@ class Chat:
 
 
 def undated(tokenizer: Any) -> str:
-    """The tokenizer's chat template, in which today is always the same day (Llama 3, Granite and SmolLM3 write the date)."""
-    return _NOW.sub(lambda match: repr(_TODAY.strftime(match[2])), str(tokenizer.get_chat_template()))
+    """The tokenizer's chat template, in which today is always the same day (Llama 3, Granite and SmolLM3 write the date).
+
+    Raises SoftguardError if there is none, or several without one that is the usual.
+    """
+    try:
+        template = str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise SoftguardError(f"the model's tokenizer has no one chat template ({error}); use another model") from error
+    return _NOW.sub(lambda match: repr(_TODAY.strftime(match[2])), template)
 
 
 class Rows(NamedTuple):

@@ -194,11 +194,12 @@ def teach(
     prompts, a failing guard (shards finished so far stay and are not drawn again), a full disk, a damaged shard, or a folder
     that holds another recipe's corpus.
     """
+    template = Chat(base.tokenizer).fingerprint
     teacher = {
         "version": VERSION,
         "model": base.name,
         "base": base.fingerprint,
-        "template": Chat(base.tokenizer).fingerprint,
+        "template": template,
         "guard": system.guard.name,
         "guard_fingerprint": system.guard.fingerprint,
         "policy": bool(recipe.system.policy),
@@ -206,7 +207,7 @@ def teach(
         "threshold": system.threshold if recipe.system.decision == "threshold" else None,
         "settings": fingerprint(
             base.fingerprint,
-            Chat(base.tokenizer).fingerprint,
+            template,
             system.guard.fingerprint,
             system.threshold,
             recipe.system,

@@ -84,12 +84,12 @@ def test_a_long_prompt_runs_in_a_batch_of_its_own(small: BaseModel, monkeypatch:
     assert engine.generate([], 3) == []
 
 
-def test_streaming_gives_a_piece_a_token(small: BaseModel) -> None:
-    engine = Engine(small)
+def test_streaming_gives_a_piece_a_token(base: BaseModel) -> None:
+    engine = Engine(base)
     (answer,) = engine.generate(["Tell me of boats."], 6)
     pieces = list(engine.stream([Turn("user", "Tell me of boats.")], 6))
     assert "".join(pieces) == answer.text
-    assert "\ufffd" in answer.text or len(pieces) == len(answer.ids)
+    assert len(pieces) == len(answer.ids)
 
 
 def test_progress_counts_every_prompt(small: BaseModel) -> None:

@@ -1,6 +1,7 @@
 """Generative guards: the whole path on the demo model, and every family on a small random one."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,13 @@ def test_found_by_name(small_folder: Path) -> None:
 def test_a_guard_that_cannot_be_had_is_told(spec: str, said: str) -> None:
     with pytest.raises(SoftguardError, match=said):
         load_guard(spec)
+
+
+def test_a_model_without_a_chat_template_is_told(small: BaseModel) -> None:
+    tokenizer = copy.deepcopy(small.tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(SoftguardError, match="has no chat template, which guard family 'zero-shot' needs"):
+        GenerativeGuard("zero-shot", replace(small, tokenizer=tokenizer))
 
 
 def test_a_model_of_another_family_is_told(small: BaseModel) -> None:

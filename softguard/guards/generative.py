@@ -42,11 +42,11 @@ class GenerativeGuard:
         labels."""
         self.family, self.base = find_family(family), base
         self.name = f"{family}({base.name})"
+        if self.family.turn and not base.tokenizer.chat_template:
+            raise SoftguardError(f"model {base.name!r} has no chat template, which guard family {family!r} needs")
         template = undated(base.tokenizer) if self.family.turn else ""
         told = json.dumps([family, asdict(self.family), base.fingerprint, template], sort_keys=True)
         self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
-        if self.family.turn and not base.tokenizer.chat_template:
-            raise SoftguardError(f"model {base.name!r} has no chat template, which guard family {family!r} needs")
         self._plain = PlainText(base.tokenizer, f"{self.family.prompt.text}{base.tokenizer.chat_template}")
         control = self._plain.control
         if not self.family.turn and not (control and control.match(self.family.prompt.text)):

@@ -189,8 +189,8 @@ def _check_names(study: GridConfig) -> None:
         "bases": list(study.bases),
         "objectives": list(study.objectives),
         "seeds": study.seeds,
+        "lengths": study.lengths,
     }
-    known["lengths"] = study.lengths
     for where, part in parts.items():
         for key, allowed in known.items():
             for value in getattr(part, key, ()):
