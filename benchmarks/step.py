@@ -29,6 +29,7 @@ N_SOFT = 32
 _PRODUCTS = [
     getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")
 ]  # what linear layers and attention come down to; in inference mode layers and matmul stay one
+_LAID_OUT = torch.ops.mkldnn._linear_pointwise  # the same of weights laid out beforehand
 
 
 class Shape(NamedTuple):
@@ -134,7 +135,7 @@ def products(base: BaseModel, step: Callable[[], Any]) -> Callable[[], None]:
     """
     weights = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
     made: dict[Any, Tensor] = {}
-    calls: list[tuple[Any, list[Tensor]]] = []
+    calls: list[Callable[[], Any]] = []
 
     def like(tensor: Tensor) -> Tensor:
         key = (tensor.shape, tensor.stride(), tensor.dtype)
@@ -148,7 +149,10 @@ def products(base: BaseModel, step: Callable[[], Any]) -> Callable[[], None]:
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function in _PRODUCTS:
                 tensors = [a.detach() for a in args if isinstance(a, Tensor)]
-                calls.append((function, [a if a.untyped_storage().data_ptr() in weights else like(a) for a in tensors]))
+                calls.append(partial(function, *(a if a.untyped_storage().data_ptr() in weights else like(a) for a in tensors)))
+            elif function in (_LAID_OUT.default, _LAID_OUT.binary):  # what it finishes besides is no product
+                weight, bias = args[-5:-3] if function == _LAID_OUT.default else args[-3:-1]
+                calls.append(partial(_LAID_OUT, like(args[0].detach()), weight, bias, "none", [], ""))
             return function(*args, **(kwargs or {}))
 
     with Watch():  # type: ignore[no-untyped-call]
@@ -156,8 +160,8 @@ def products(base: BaseModel, step: Callable[[], Any]) -> Callable[[], None]:
 
     @torch.no_grad()
     def replay() -> None:
-        for function, tensors in calls:
-            function(*tensors)
+        for call in calls:
+            call()
 
     return replay
 

@@ -23,7 +23,7 @@ from softguard.prefix import ConstantPrefix, constant_prefix
 class Output(NamedTuple):
     """What predicts the next token of every row."""
 
-    logits: Tensor  # (rows, vocabulary) float32 at least
+    logits: Tensor  # (rows, vocabulary) in the head's precision
     hidden: Tensor  # (rows, hidden)
     gated: Tensor | None = None  # logits of the pass beside a gate where the response begins, (rows · members, vocabulary)
 
@@ -372,9 +372,8 @@ class _AnyRows:
 
 
 def _output(base: BaseModel, hidden: Tensor) -> Output:
-    """Of last hidden states (rows, hidden); logits in float32 at least, in which laws are made of them."""
-    logits = base.head.logits(hidden)
-    return Output(logits.to(torch.promote_types(logits.dtype, torch.float32)), hidden)
+    """Of last hidden states (rows, hidden)."""
+    return Output(base.head.logits(hidden), hidden)
 
 
 def _empty_cache(base: BaseModel) -> Any:

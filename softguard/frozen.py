@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from softguard.products import into_input, linear
+from softguard.products import gated, into_input, linear, linear_plus, side_by_side
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]  # of every layer, (key heads, tokens, width) each
 
@@ -58,10 +58,9 @@ def infer(
     hidden, turn = embeddings, _turns(decoder, embeddings, positions)
     for index, layer in enumerate(decoder.layers):
         q, k, v = _queries_keys_values(layer.self_attn, _norm(hidden, layer.input_layernorm)[0], turn)
-        hidden = linear(layer.self_attn.o_proj, attend(index, q, k, v).flatten(1)).add_(hidden)
+        hidden = linear_plus(layer.self_attn.o_proj, attend(index, q, k, v).flatten(1), hidden)
         middle = _norm(hidden, layer.post_attention_layernorm)[0]
-        opened = torch.nn.functional.silu(linear(layer.mlp.gate_proj, middle)).mul_(linear(layer.mlp.up_proj, middle))
-        hidden = linear(layer.mlp.down_proj, opened).add_(hidden)
+        hidden = linear_plus(layer.mlp.down_proj, gated(layer.mlp.gate_proj, layer.mlp.up_proj, middle), hidden)
     return decoder.norm(hidden)  # type: ignore[no-any-return]
 
 
@@ -95,12 +94,12 @@ class _Layer(torch.autograd.Function):
         first, first_scale = _norm(x, layer.input_layernorm)
         before = None if keys is None or values is None else (keys, values)
         mixed, kept = seen.attend(*_queries_keys_values(attention, first, turn), attention.scaling, before)
-        middle = linear(attention.o_proj, mixed.flatten(1)).add_(x)
+        middle = linear_plus(attention.o_proj, mixed.flatten(1), x)
         second, second_scale = _norm(middle, layer.post_attention_layernorm)
         gate, up = linear(mlp.gate_proj, second), linear(mlp.up_proj, second)
         ctx.save_for_backward(x, first_scale, middle, second_scale, gate, up, *kept)
         ctx.layer, ctx.turn, ctx.seen, ctx.has_before = layer, turn, seen, before is not None
-        return linear(mlp.down_proj, torch.nn.functional.silu(gate).mul_(up)).add_(middle)
+        return linear_plus(mlp.down_proj, torch.nn.functional.silu(gate).mul_(up), middle)
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,8 +123,8 @@ class _Layer(torch.autograd.Function):
 
 def _queries_keys_values(attention: Any, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, heads, width) each, queries and keys turned to their positions."""
-    layers = attention.q_proj, attention.k_proj, attention.v_proj
-    q, k, v = (linear(layer, x).view(len(x), -1, attention.head_dim) for layer in layers)
+    made = side_by_side((attention.q_proj, attention.k_proj, attention.v_proj), x)
+    q, k, v = (each.view(len(x), -1, attention.head_dim) for each in made)
     return _turn(q, *turn), _turn(k, *turn), v
 
 

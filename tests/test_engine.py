@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from softguard import engine as engine_module
 from softguard.adapters import Kind
 from softguard.chat import Chat, Slot, Turn
-from softguard.engine import Engine, _inverse_cdf
+from softguard.engine import Engine, _inverse_cdf, _largest, _next
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
 from softguard.prefix import constant_prefix
@@ -49,6 +50,27 @@ def test_a_repeated_prompt_gets_other_samples(small: BaseModel) -> None:
     engine = Engine(small)
     first, second = engine.generate(["hi", "hi"], 8, temperature=1.0)
     assert first != second
+
+
+@pytest.mark.parametrize("vocabulary", [100, 128, 300, 512])
+def test_the_likeliest_id_is_the_first_with_the_largest_logit(vocabulary: int) -> None:
+    logits = torch.randint(-9, 9, (64, vocabulary), generator=torch.Generator().manual_seed(0)).float()  # many are equal
+    logits[0], logits[1] = -torch.inf, -5.0
+    expected = [max(range(vocabulary), key=row.__getitem__) for row in logits.tolist()]
+    assert _largest(logits).tolist() == expected
+
+
+@pytest.mark.parametrize("together", [1, 3, 64])
+def test_ids_are_drawn_by_float32_laws_of_bfloat16_logits_few_rows_at_a_time(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_LOGITS", together * 1_000)
+    generator = torch.Generator().manual_seed(0)
+    logits, u = (3 * torch.randn(64, 1_000, generator=generator)).bfloat16(), torch.rand(64, generator=generator)
+    upto = (logits.double() / 0.7).softmax(-1).cumsum(-1)
+    for row, token in enumerate(_next(logits, 0.7, u).tolist()):
+        assert (upto[row, token - 1] if token else 0) - 1e-6 <= u[row] <= upto[row, token] + 1e-6
+    assert _next(logits, 0.0, None).tolist() == [row.index(max(row)) for row in logits.tolist()]
 
 
 def test_inverse_cdf_draws_from_the_law() -> None:
