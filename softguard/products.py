@@ -1,8 +1,8 @@
 """Products with frozen weights, in the layout and order in which the processor's libraries make them fastest.
 
-In bfloat16 PyTorch's library (oneDNN) lays a weight out for itself at every product. Here it does so once: the same numbers, of
-few rows in two thirds of the time, of a thousand in some tenth less (measured with AMX), for the layers' weights twice in
-memory; so large weights stay as they are. That library also finishes a product with what follows it while it is in cache.
+In bfloat16 PyTorch's library (oneDNN) lays a weight out for itself at every product. For few rows it does so once here: the same
+numbers in two thirds of the time (measured with AMX; a thousand rows gain nothing), for the layers' weights twice in memory; so
+large weights stay as they are. That library also finishes a product with what follows it while it is in cache.
 
 In float32 (tokens, n) @ (n, m) can be asked for as its transpose. On processors with AVX2 alone PyTorch's library (MKL) makes
 few rows up to twice as fast that way, and its result, read as (tokens, m), lies in columns; operations on it keep that. A
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+_FEW = 512  # rows
+
 _MKLDNN = torch.ops.mkldnn
 _LAYS_OUT = torch.backends.mkldnn.is_available() and _MKLDNN._is_mkldnn_bf16_supported()  # type: ignore[no-untyped-call]
 # Bytes of weights that are laid out: layers of 1.5 billion parameters gain less and would take 2.6 GB more
@@ -26,7 +28,6 @@ _ROWS = 64  # for which the library chooses a layout; of fewer and of more rows 
 _laid_out: MutableMapping[Tensor, tuple[Tensor, Any]] = WeakTensorKeyDictionary()
 
 _TURNED = torch.backends.cpu.get_cpu_capability() == "AVX2"
-_FEW = 512  # rows
 _LONG, _ENOUGH = 2**14, 64  # of fewer rows MKL sums so many terms ten times less exactly when it is turned
 _BLOCK = 512  # of a head's vectors: the product of few rows with as many lies in cache, where turning it costs little
 
@@ -105,9 +106,8 @@ def _is_laid_out(layers: Sequence[Any], x: Tensor) -> bool:
 
 
 def _lays_out(x: Tensor) -> bool:
-    return (
-        _LAYS_OUT and x.dtype == torch.bfloat16 and x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled())
-    )
+    here = _LAYS_OUT and x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(x) <= _FEW
+    return here and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _in_layout(weights: Sequence[Tensor]) -> Tensor:

@@ -134,6 +134,12 @@ def test_a_weight_that_changed_is_laid_out_anew() -> None:
     assert torch.equal(products.linear(one, x), one(x))
 
 
+def test_weights_for_many_rows_stay_as_they_are() -> None:
+    one, x = layer(bias=False).to(torch.bfloat16), wide(random(513, 24, seed=3))
+    assert torch.equal(products.linear(one, x), one(x))
+    assert one.weight not in products._laid_out
+
+
 def test_large_weights_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_LARGE", 40 * 24 * 2 - 1)
     one, x = layer(bias=False).to(torch.bfloat16), wide(random(5, 24, seed=3))
