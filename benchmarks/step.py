@@ -29,7 +29,7 @@ N_SOFT = 32
 _PRODUCTS = [
     getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")
 ]  # what linear layers and attention come down to; in inference mode layers and matmul stay one
-_LAID_OUT = torch.ops.mkldnn._linear_pointwise  # the same of weights laid out beforehand
+_LAID_OUT = "mkldnn::_linear_pointwise"  # the same of weights laid out beforehand, where PyTorch has that library
 
 
 class Shape(NamedTuple):
@@ -150,9 +150,10 @@ def products(base: BaseModel, step: Callable[[], Any]) -> Callable[[], None]:
             if function in _PRODUCTS:
                 tensors = [a.detach() for a in args if isinstance(a, Tensor)]
                 calls.append(partial(function, *(a if a.untyped_storage().data_ptr() in weights else like(a) for a in tensors)))
-            elif function in (_LAID_OUT.default, _LAID_OUT.binary):  # what it finishes besides is no product
-                weight, bias = args[-5:-3] if function == _LAID_OUT.default else args[-3:-1]
-                calls.append(partial(_LAID_OUT, like(args[0].detach()), weight, bias, "none", [], ""))
+            elif function.name().startswith(_LAID_OUT):  # what it finishes besides is no product
+                weight, bias = args[2:4] if function.name().endswith("binary") else args[1:3]
+                alone = torch.ops.mkldnn._linear_pointwise
+                calls.append(partial(alone, like(args[0].detach()), weight, bias, "none", [], ""))
             return function(*args, **(kwargs or {}))
 
     with Watch():  # type: ignore[no-untyped-call]
