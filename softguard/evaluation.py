@@ -27,11 +27,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from softguard import stats
 from softguard.adapters import Adapter
 from softguard.config import Recipe, fingerprint
 from softguard.cost import Cost, measure_cost, versions
-from softguard.drift import measure_drift
+from softguard.drift import measure_drift, mixture_drift
 from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
 from softguard.files import read_json, write_json
@@ -325,12 +327,13 @@ class _Run:
         return Row(name, self.methods[name], suite.name, suite.split, metric, *estimate(values, self.recipe.seed))
 
     def _system_drift(self, suite: Suite, drawn: Sequence[Response]) -> list[float]:
-        """A system that reads prompts and refuses departs at the first token only, by U(x), if the base never begins a refusal.
+        """That of a system which reads prompts.
 
         One that reads answers departs at every token that changes how likely its verdict is, which only enumeration could tell.
         """
-        keep = self.system.judge(suite.prompts, [response.text for response in drawn]).keep
-        return [float(1 - k) / max(len(response.ids), 1) for k, response in zip(keep, drawn, strict=True)]
+        base, judged = self.engines["base"], self.system.judge(suite.prompts, [response.text for response in drawn])
+        refusal = base.chat.encode_response(self.system.config.refusal)
+        return mixture_drift(base, refusal, torch.as_tensor(1 - judged.keep).logit(), suite.prompts, drawn).token_tv
 
 
 def read_results(path: Path) -> dict[str, Any]:

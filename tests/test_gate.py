@@ -12,8 +12,8 @@ from softguard import frozen
 from softguard.adapters import VECTORS, Adapter
 from softguard.chat import Chat, Turn
 from softguard.decoding import gated_log_odds, keep_prefix, make_resident
-from softguard.drift import measure_drift
-from softguard.engine import Engine, _refused
+from softguard.drift import measure_drift, mixture_drift
+from softguard.engine import Engine, Response, _refused
 from softguard.errors import SoftguardError
 from softguard.gate import Gate, bias, losses
 from softguard.initial import initial_vectors
@@ -299,24 +299,50 @@ def test_the_loss_is_the_divergence_of_the_mixtures() -> None:
         assert float(loss.safe + loss.refusal) == pytest.approx(float(-torch.log1p(-wrong)), abs=2e-3)
 
 
-def test_drift_is_that_of_the_mixture(small: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drift_is_that_of_the_mixture(small: BaseModel) -> None:
+    """By the masses of whole beginnings: q(y_≤t) = (1 − g)·p(y_≤t) + g·1[the refusal begins so]."""
     base, adapter = Engine(small), gate_adapter(small)
     engine = Engine(small, adapter)
-    drawn = base.generate(ROWS, 5, temperature=1.0)
-    odds = engine.log_odds(ROWS)
-    drift = measure_drift(base, engine, adapter, ROWS, drawn)
-    token = base.chat.encode_response(REFUSAL)[0]
-    prefix = constant_prefix(small, base.chat, None)
-    for i, text in enumerate(ROWS):
+    refusal, prefix = base.chat.encode_response(REFUSAL), constant_prefix(small, base.chat, None)
+    free = base.generate(ROWS, 5, temperature=1.0)
+    other = next(iter(set(range(9)) - set(refusal)))
+    made = [refusal, refusal[:3], [*refusal[:2], other, other], [refusal[0], other]]  # whole, cut, and left early
+    texts = [*ROWS, *[ROWS[i % len(ROWS)] for i in range(len(made))]]
+    drawn = [*free, *[Response(tuple(ids), "") for ids in made]]
+    odds = engine.log_odds(texts).double().clamp(-9.21, 9.21)
+    drift = measure_drift(base, engine, adapter, texts, drawn)
+    for i, (text, response) in enumerate(zip(texts, drawn, strict=True)):
+        ids, g = list(response.ids), odds[i].sigmoid()
+        row = base.chat.encode(text)
         with torch.no_grad():
-            law = small.model.get_output_embeddings()(whole_row(small, prefix, base.chat.encode(text))[-1]).softmax(-1)
-        g, count = odds[i].sigmoid().clamp(1e-4, 1 - 1e-4), len(drawn[i].ids)
-        moved = (1 - g) * law
-        moved[token] += g
-        first = drawn[i].ids[0]
-        assert drift.token_tv[i] == pytest.approx(float((law - moved).clamp(min=0).sum()) / count, rel=1e-3, abs=1e-7)
-        assert drift.token_kl[i] == pytest.approx(float((law * (law / moved).log()).sum()) / count, rel=1e-3, abs=1e-7)
-        assert drift.loss[i] == pytest.approx(float((law[first] / moved[first]).log()) / count, rel=1e-3, abs=1e-6)
+            states = whole_row(small, prefix, [*row, *ids[:-1]])[-len(ids) :]
+            laws = small.model.get_output_embeddings()(states).double().softmax(-1)
+        p, q, tv, kl = torch.tensor(1.0), torch.tensor(1.0), 0.0, 0.0
+        for t, law in enumerate(laws):
+            masses = (1 - g) * p * law
+            if refusal[:t] == ids[:t] and t < len(refusal):
+                masses[refusal[t]] += g
+            moved = masses / q
+            assert moved.sum() == pytest.approx(1, abs=1e-6)
+            tv += float((law - moved).clamp(min=0).sum())
+            kl += float((law * (law / moved).log()).sum())
+            p, q = p * law[ids[t]], masses[ids[t]]
+        assert drift.token_tv[i] == pytest.approx(tv / len(ids), rel=1e-3, abs=1e-6)
+        assert drift.token_kl[i] == pytest.approx(kl / len(ids), rel=1e-3, abs=1e-6)
+        assert drift.loss[i] == pytest.approx(float((p / q).log()) / len(ids), rel=1e-3, abs=1e-5)
+
+
+def test_drift_of_a_certain_verdict(small: BaseModel) -> None:
+    """Of a first token: TV 1 − p(y₁) where the system refuses for certain, none where it answers."""
+    base = Engine(small)
+    refusal = base.chat.encode_response(REFUSAL)
+    drawn = [Response((refusal[0],), ""), Response((refusal[0] + 1,), "")]
+    drift = mixture_drift(base, refusal, torch.tensor([torch.inf, -torch.inf]), ROWS[:2], drawn)
+    with torch.no_grad():
+        state = whole_row(small, constant_prefix(small, base.chat, None), base.chat.encode(ROWS[0]))[-1]
+        law = small.model.get_output_embeddings()(state).softmax(-1)
+    assert drift.token_tv == pytest.approx([1 - float(law[refusal[0]]), 0], abs=1e-5)
+    assert drift.loss[1] == pytest.approx(0, abs=1e-6)
 
 
 def test_log_odds_are_given_in_the_order_of_the_prompts(small: BaseModel) -> None:
