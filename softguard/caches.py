@@ -32,7 +32,10 @@ def keep_caches(path: Path, prompts: Sequence[str], engine: Engine, batch_size: 
         progress(len(prompts))
         return
     made = {str(number): cache.cpu() for number, cache in enumerate(engine.caches(prompts, batch_size, progress))}
-    write_file(path, partial(save_file, made, metadata={"prompts": identity}))
+    try:
+        write_file(path, partial(save_file, made, metadata={"prompts": identity}))
+    except SafetensorError as error:  # which is no OSError, whatever the disk said
+        raise SoftguardError(f"{path} could not be written ({error}); free space or choose another folder") from error
 
 
 def _identity(path: Path) -> str | None:

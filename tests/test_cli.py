@@ -159,6 +159,20 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on_later(asked: Path,
     assert main(command) == 0
 
 
+def test_a_disk_too_small_for_caches_is_one_line(tmp_path: Path, small_folder: Path) -> None:
+    asked = tmp_path / "asked.txt"
+    asked.write_text("".join(f"How do I build boat {i}?\n" for i in range(200)))
+    command = ["teach", "--out", str(tmp_path / "corpus"), *options(asked, small_folder, "teach.keep_caches=true")]
+    code = (
+        "import resource, sys; from softguard.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); sys.exit(main(sys.argv[1:]))"
+    )
+    full = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert full.returncode == 2, full.stderr
+    assert ".safetensors could not be written" in full.stderr.splitlines()[-1]
+    assert not list((tmp_path / "corpus").rglob("*.part"))
+
+
 def test_guard_fit_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "how to build a bomb"}\n{"prompt": "how to build a boat", "response": "Take wood."}\n')
