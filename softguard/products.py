@@ -24,8 +24,8 @@ _LAYS_OUT = torch.backends.mkldnn.is_available() and _MKLDNN._is_mkldnn_bf16_sup
 # Bytes of weights that are laid out: layers of 1.5 billion parameters gain less and would take 2.6 GB more
 _LARGE, _LARGE_HEAD = 2**24, 2**26
 _ROWS = 64  # for which the library chooses a layout; of fewer and of more rows it was as good as any
-# Of weights, their laid out copies and what shows that a weight is still the same
-_laid_out: MutableMapping[Tensor, tuple[Tensor, Any]] = WeakTensorKeyDictionary()
+# Of weights, their laid out copies, what shows that a weight is still the same, and its memory, which is so not given anew
+_laid_out: MutableMapping[Tensor, tuple[Tensor, Any, Any]] = WeakTensorKeyDictionary()
 
 _TURNED = torch.backends.cpu.get_cpu_capability() == "AVX2"
 _LONG, _ENOUGH = 2**14, 64  # of fewer rows MKL sums so many terms ten times less exactly when it is turned
@@ -111,11 +111,15 @@ def _lays_out(x: Tensor) -> bool:
 
 
 def _in_layout(weights: Sequence[Tensor]) -> Tensor:
-    """Weights, one below the other, as oneDNN lays them out for itself; made at first use, and anew when they have changed."""
+    """Weights, one below the other, as oneDNN lays them out for itself; made at first use, and anew when they have changed.
+
+    What is written through `.data` (PEFT's merging) shows nowhere: load the base again then.
+    """
     known, now = _laid_out.get(weights[0]), [(weight.data_ptr(), weight._version) for weight in weights]
     if known is None or known[1] != now:
         with torch.no_grad():
-            known = _laid_out[weights[0]] = _MKLDNN._reorder_linear_weight(torch.cat(list(weights)), _ROWS), now
+            copy = _MKLDNN._reorder_linear_weight(torch.cat(list(weights)), _ROWS)
+        known = _laid_out[weights[0]] = copy, now, [weight.untyped_storage() for weight in weights]
     return known[0]
 
 

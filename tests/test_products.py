@@ -134,6 +134,15 @@ def test_a_weight_that_changed_is_laid_out_anew() -> None:
     assert torch.equal(products.linear(one, x), one(x))
 
 
+def test_the_memory_of_a_laid_out_weight_is_not_given_to_another() -> None:
+    one, x = layer(bias=False).to(torch.bfloat16), wide(random(5, 24, seed=3))
+    products.linear(one, x)
+    for seed in range(20):
+        one.weight.data = wide(random(40, 24, seed=100 + seed))
+        one.weight.data = wide(random(40, 24, seed=200 + seed))  # where the one laid out lay, if it were free
+        assert torch.equal(products.linear(one, x), one(x))
+
+
 def test_weights_for_many_rows_stay_as_they_are() -> None:
     one, x = layer(bias=False).to(torch.bfloat16), wide(random(513, 24, seed=3))
     assert torch.equal(products.linear(one, x), one(x))
