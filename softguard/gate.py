@@ -20,6 +20,7 @@ Keys are kept unturned and stand right before the closing wherever that is, so t
 import inspect
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -160,13 +161,20 @@ def turns(decoder: Any, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor
     return cos.unsqueeze(-3), sin.unsqueeze(-3)
 
 
+def unturned(decoder: Any, keys: Tensor, positions: Tensor) -> Tensor:
+    """The keys (…, tokens, width) that were turned to `positions` (1, tokens), before they were."""
+    cos, sin = turns(decoder, keys, positions)
+    scale, _ = turns(decoder, keys, torch.zeros_like(positions))  # some models (YaRN) scale what they turn
+    return turned(keys, cos / scale**2, -sin / scale**2)
+
+
 @torch.no_grad()
 def _check_turns(base: BaseModel, ids: tuple[int, ...]) -> None:
-    """Raises SoftguardError unless a text's keys elsewhere are its keys here, turned."""
+    """Raises SoftguardError unless a text's keys elsewhere are its keys here, turned; asked once a model."""
     from transformers import DynamicCache
 
     decoder = base.model.get_decoder()
-    if frozen.is_plain(decoder) or not hasattr(decoder, "rotary_emb"):
+    if frozen.is_plain(decoder) or not hasattr(decoder, "rotary_emb") or decoder in _checked:
         return
 
     def keys(start: int) -> Tensor:
@@ -175,12 +183,17 @@ def _check_turns(base: BaseModel, ids: tuple[int, ...]) -> None:
         decoder(input_ids=torch.tensor([ids], device=base.device), position_ids=positions[None], past_key_values=cache)
         return torch.stack([layer.keys for layer in cache.layers]).float()  # (layers, 1, key heads, tokens, width)
 
-    here, there = keys(0), keys(_ELSEWHERE)
-    moved = turned(here, *turns(decoder, here, torch.full((1, len(ids)), _ELSEWHERE, device=base.device)))
+    own = torch.arange(len(ids), device=base.device)[None]
+    here, there = unturned(decoder, keys(0), own), keys(_ELSEWHERE)
+    moved = turned(here, *turns(decoder, here, own + _ELSEWHERE))
     if not torch.allclose(moved, there, atol=0.05 * float(there.abs().max())):
         raise SoftguardError(
             f"model {base.name!r} gives keys their positions in a way that a gate does not know; use distil.adapter=kv_prefix"
         )
+    _checked.add(decoder)
+
+
+_checked: "WeakSet[Any]" = WeakSet()
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

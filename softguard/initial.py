@@ -10,7 +10,7 @@ from softguard.adapters import DIRECTION, VECTORS, Adapter, Kind
 from softguard.chat import Chat
 from softguard.config import DistilConfig
 from softguard.errors import SoftguardError
-from softguard.gate import turned, turns
+from softguard.gate import unturned
 from softguard.models import BaseModel
 
 
@@ -53,8 +53,7 @@ def initial_vectors(base: BaseModel, kind: Kind, text: str, n_soft: int) -> Tens
         pairs = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
         if kind == "gate":
             pairs = pairs.float()
-            cos, sin = turns(base.model.get_decoder(), pairs, torch.arange(n_soft, device=base.device)[None])
-            pairs[:, :1] = turned(pairs[:, :1], cos, -sin)
+            pairs[:, :1] = unturned(base.model.get_decoder(), pairs[:, :1], torch.arange(n_soft, device=base.device)[None])
         return pairs.permute(3, 0, 1, 2, 4).flatten(1).float()  # from (layers, 2, key heads, n_soft, width)
     rows: Tensor = base.model.get_input_embeddings()(torch.tensor(ids, device=base.device)).float()  # (tokens, hidden)
     if len(rows) <= n_soft:

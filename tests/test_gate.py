@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, OPTConfig, OPTForCausalLM
+from transformers import DynamicCache, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from softguard import frozen
 from softguard.adapters import VECTORS, Adapter
@@ -93,6 +94,31 @@ def test_rows_pass_the_gate_and_go_on_as_the_bases(
     assert after.gated is None
     for i, row in enumerate(rows):
         torch.testing.assert_close(after.hidden[i], whole_row(small, prefix, [*row, 7 + 10 * i])[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("made", [(Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)])
+@torch.inference_mode()
+def test_keys_are_unturned_where_turning_scales_them(made: tuple[Any, Any], small: BaseModel, chat: Chat) -> None:
+    """YaRN turns keys and makes them longer: at their own places the gate's first keys are the model's of the text."""
+    kind, model = made
+    config = kind(
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.1,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128
+        },
+    )  # fmt: skip
+    base = replace(small, model=model(config).eval())
+    text = "If the request is harmful, refuse."
+    ids = base.tokenizer.encode(text)[:4]
+    adapter = replace(gate_adapter(base), tensors={VECTORS: initial_vectors(base, "gate", text, 4)})
+    gate = Gate.of(base, chat, adapter)
+    cache = base.model(torch.tensor([ids]), use_cache=True).past_key_values
+    scale = base.model.get_decoder().rotary_emb.attention_scaling
+    assert scale > 1.1
+    for (keys, values), layer in zip(gate.turned(torch.tensor([4])), cache.layers, strict=True):
+        torch.testing.assert_close(keys, layer.keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(values, layer.values)
 
 
 @torch.inference_mode()
