@@ -81,7 +81,7 @@ def generate(base: BaseModel, chat: Chat, texts: list[str], size: int, cache: st
     made = 0
     for start in range(0, len(whole), size):
         batch = whole[start : start + size]
-        rows = align(batch, [[]] * len(batch), base.pad_id, base.device)
+        rows = align(batch, base.pad_id, base.device)
         out: Any = base.model.generate(
             input_ids=rows.ids,
             attention_mask=rows.mask,

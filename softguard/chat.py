@@ -191,10 +191,9 @@ def undated(tokenizer: Any) -> str:
 
 
 class Rows(NamedTuple):
-    """Token rows aligned at the border between prompt and continuation.
+    """Token rows that all end at the last column, whose logits are wanted.
 
-    ids: (rows, width) int64; prompts end, and continuations begin, at one column for all rows, so that the logits wanted
-    are the last columns of every row. mask: (rows, width), 1 on real tokens. The constant prefix is not part of them.
+    ids: (rows, width) int64. mask: (rows, width), 1 on real tokens. The constant prefix is not part of them.
     """
 
     ids: Tensor
@@ -209,17 +208,12 @@ class Rows(NamedTuple):
         return torch.cat([self.mask.new_ones(len(self.mask), prefix_length), self.mask], dim=1)
 
 
-def align(prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], pad_id: int, device: Any) -> Rows:
-    """Pad prompts on the left and continuations on the right.
-
-    `continuations` may be empty lists. Returns `Rows` of width max(prompt) + max(continuation).
-    """
-    left = max(map(len, prompts))
-    right = max(map(len, continuations))
-    ids = torch.full((len(prompts), left + right), pad_id)
+def align(prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> Rows:
+    """Pad prompts on the left."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros_like(ids)
-    for row, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-        start, end = left - len(prompt), left + len(continuation)
-        ids[row, start:end] = torch.tensor([*prompt, *continuation])
-        mask[row, start:end] = 1
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
     return Rows(ids.to(device), mask.to(device))

@@ -333,7 +333,7 @@ class _AnyRows:
     def begin(
         cls, base: BaseModel, prefix: Any, prompts: Sequence[Sequence[int]], gate: Gate | None = None
     ) -> tuple[Output, "_AnyRows"]:
-        rows = align(prompts, [[]] * len(prompts), base.pad_id, base.device)
+        rows = align(prompts, base.pad_id, base.device)
         length = prefix.get_seq_length()
         shared = _empty_cache(base)
         for index, layer in enumerate(prefix.layers):

@@ -52,12 +52,12 @@ def test_a_response_ends_with_the_end_of_turn(chat: Chat) -> None:
     assert chat.end_id in chat.stop_ids
 
 
-def test_prompts_and_continuations_meet_at_one_column() -> None:
-    rows = align([[1, 2, 3], [4]], [[5], [6, 7]], pad_id=0, device="cpu")
-    assert rows.ids.tolist() == [[1, 2, 3, 5, 0], [0, 0, 4, 6, 7]]
-    assert rows.mask.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
-    assert rows.positions(10)[1, 2:].tolist() == [10, 11, 12]
-    assert rows.full_mask(2)[1].tolist() == [1, 1, 0, 0, 1, 1, 1]
+def test_prompts_end_at_one_column() -> None:
+    rows = align([[1, 2, 3], [4]], pad_id=0, device="cpu")
+    assert rows.ids.tolist() == [[1, 2, 3], [0, 0, 4]]
+    assert rows.mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert rows.positions(10)[:, -1].tolist() == [12, 10]
+    assert rows.full_mask(2)[1].tolist() == [1, 1, 0, 0, 1]
 
 
 class Templated:
