@@ -2,6 +2,8 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from softguard.files import read_json
 from softguard.study import Grid, load_grid, read_table, run_study, study_tasks
 from softguard.study.grid import Arm
 from softguard.study.table import TIMINGS, join_tables
-from softguard.study.workers import Task, open_workers, run_tasks
+from softguard.study.workers import Task, Workers, open_workers, run_tasks
 from tests.commands import ROOT, softguard, softguard_killed
 from tests.test_cli import refused
 
@@ -187,6 +189,14 @@ def test_tasks_wait_for_what_they_need_and_are_dropped_with_it(tmp_path: Path) -
     }
 
 
+def test_a_task_for_a_worker_that_died_meanwhile_is_one_line() -> None:
+    def submit(run: Callable[[], str]) -> "Future[str]":
+        raise BrokenProcessPool("a child process terminated abruptly")
+
+    with pytest.raises(SoftguardError, match="a worker died"):
+        run_tasks([Task("a", fail)], Workers(submit, 1), lambda task, error: None)
+
+
 # Runs -------------------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +358,9 @@ def test_cells_join_where_the_same_model_has_another_name(done: tuple[Path, Path
     some = ["study.objectives={}", "study.adapters={}", text, "study.seeds=[5]", f"model.name={elsewhere}"]
     table = run_study(load_grid(done[0], some), tmp_path / "out")
     assert join_tables([done[1], table]) == [*read_table(done[1]), *read_table(table)]
+    other = run_study(load_grid(done[0], [*some, "distil.init_text=No."]), tmp_path / "other")
+    with pytest.raises(SoftguardError, match=r"another distil\.init_text of small, text, 4 than"):  # seeds of one row
+        join_tables([table, other])
     with pytest.raises(SoftguardError, match="another measuring of small than"):
         join_tables([done[1], run_study(load_grid(done[0], [*some, "evaluate.max_new_tokens=3"]), tmp_path / "out")])
 
@@ -431,18 +444,26 @@ def test_the_dry_run_lists_the_cells_and_writes_nothing(
     assert "tv, kv_prefix, length 4: 6 steps, rates 0.01, 1e-05, seeds 0, 1" in shown
     assert "7 cells to train, 5 of them to measure, 0 are done; about" in shown
     assert not (tmp_path / "out").exists()
+    assert main(["study", str(done[0]), "--out", str(done[1].parent), "--dry-run"]) == 0
+    assert "5 of them to measure, 5 are done" in capsys.readouterr().out
     assert main(["study", str(done[0]), "--out", str(done[1].parent), "--dry-run", "--set", "model.name=some/hub-id"]) == 0
     assert "no estimate: some/hub-id" in capsys.readouterr().out
 
 
 def test_the_command_writes_the_report_of_what_is_there(
-    done: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    done: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["study", str(done[0]), "--out", str(done[1].parent)]
     assert main([*command, "--report", str(tmp_path / "report"), "--page", str(tmp_path / "page.md")]) == 0
     assert "| ours | small | asked-benign | safe system |" in (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert main([*command, "--report", str(tmp_path / "report")]) == 0
-    assert (tmp_path / "report" / "study.md").is_file()
+    monkeypatch.chdir(tmp_path)
+    for folder in ("report", "."):  # the page stands among the figures
+        assert main([*command, "--report", folder]) == 0
+        where = (tmp_path / folder).resolve()
+        page = (where / "study.md").read_text(encoding="utf-8")
+        assert page.startswith(f"# Study: {where.name}\n")
+        assert f"[{where.name}.json](../{where.name}.json)" in page
+        assert where.with_name(f"{where.name}.json").is_file()
     assert "give --report" in refused(capsys, *command, "--page", tmp_path / "page.md")
 
 

@@ -47,6 +47,7 @@ def write_study(tables: Sequence[Path], suites: Sequence[str], folder: Path, pag
     `tables`: of one run of the study, or of several that are joined. `suites`: those the Pareto sets count; none counts all.
     Raises SoftguardError if no cell is measured, or a suite was not, or the tables do not belong together.
     """
+    folder, page = folder.resolve(), page.resolve()
     cells = join_tables(tables)
     rows = with_methods(cells)
     measured = [row for row in rows if row["metrics"] is not None]
@@ -67,8 +68,8 @@ def write_study(tables: Sequence[Path], suites: Sequence[str], folder: Path, pag
     parts = [made for axes in AXES for made in _front(axes, front(standing, axes), tested, folder)]
     parts += [_exhibit(exhibit, lines, folder) for exhibit, lines in found.items() if lines]
     parts += _curves(measured, folder)
-    where = os.path.relpath(folder, page.parent)
-    text = [*_head(measured, suites, where), *_beside(beside, where)]
+    where, whole = (os.path.relpath(path, page.parent) for path in (folder, folder.with_name(f"{folder.name}.json")))
+    text = [*_head(measured, suites, folder.name, where), *_beside(beside, whole)]
     for part in parts:
         text += [
             f"## {part.title}",
@@ -82,10 +83,10 @@ def write_study(tables: Sequence[Path], suites: Sequence[str], folder: Path, pag
     write_text(page, "\n".join(text).rstrip() + "\n")
 
 
-def _head(rows: Sequence[Row], suites: Sequence[str], where: str) -> list[str]:
+def _head(rows: Sequence[Row], suites: Sequence[str], name: str, where: str) -> list[str]:
     seeds = sorted({row["seed"] for row in rows})
     return [
-        f"# Study: {os.path.basename(where)}",
+        f"# Study: {name}",
         "",
         f"Written by `softguard study RECIPE --out … --report …` from [cells.parquet]({where}/cells.parquet), a row a cell. "
         f"Bases: {_listed(row['base'] for row in rows)}. Guard: {_listed(row['guard'] for row in rows)}. Judge: "
@@ -102,12 +103,12 @@ def _head(rows: Sequence[Row], suites: Sequence[str], where: str) -> list[str]:
     ]
 
 
-def _beside(found: Sequence[Figure], where: str) -> list[str]:
+def _beside(found: Sequence[Figure], whole: str) -> list[str]:
     return [
         "## Every row beside base and safe system",
         "",
         "Mean over seeds, with 95 % intervals over prompts and seeds (bootstrap of both; perplexity: the outermost ends of "
-        f"the seeds'). These and all others, for programs: [{os.path.basename(where)}.json]({where}.json).",
+        f"the seeds'). These and all others, for programs: [{os.path.basename(whole)}]({whole}).",
         "",
         *table(found),
     ]

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from softguard.errors import SoftguardError
-from softguard.study.cells import Ground, attempt, finish, is_finished, is_tried, prepare
+from softguard.study.cells import attempt, finish, ground_of, is_finished, is_tried, prepare
 from softguard.study.grid import Arm, Cell, Grid, load_grid
 from softguard.study.table import NAME, read_table, write_table
 from softguard.study.workers import Task, open_workers, run_tasks
@@ -63,11 +63,11 @@ def run_study(
 def study_tasks(grid: Grid, out: Path) -> list[Task]:
     """What is still to be done, base by base; within one, the first seed of all rows before the others."""
     tasks = []
-    for base, recipe in grid.grounds.items():
+    for base in grid.grounds:
         arms = [arm for arm in grid.arms if arm.cells[0][0].base == base]
-        ground = Ground(recipe, out / arms[0].cells[0][0].place.parts[0]) if arms else None
-        if ground is None:
+        if not arms:
             continue
+        ground = ground_of(arms[0], grid, out)
         own: list[Task] = []
         first = f"{base}: corpus and the base's answers"
         for number in range(max(len(arm.cells) for arm in arms)):

@@ -28,7 +28,7 @@ from softguard.evaluation import evaluate
 from softguard.files import locked, read_json, write_json
 from softguard.judges import load_judge
 from softguard.models import BaseModel, load_base
-from softguard.study.grid import Arm, Cell
+from softguard.study.grid import Arm, Cell, Grid
 from softguard.suites import load_suites
 from softguard.system import SafeSystem
 
@@ -55,6 +55,12 @@ class Ground:
         suites = [list(suite) for suite in load_suites(wanted.suites, wanted.split, wanted.limit)]
         judges = [load_judge(spec).fingerprint for spec in (wanted.judge, *wanted.other_judges)]
         return {"evaluation": evaluation_of(self.recipe), "asked": fingerprint(suites, judges)}
+
+
+def ground_of(arm: Arm, grid: Grid, out: Path) -> Ground:
+    """The ground of an arm's base, in the study's folder `out`."""
+    cell = arm.cells[0][0]
+    return Ground(grid.grounds[cell.base], out / cell.place.parts[0])
 
 
 def prepare(ground: Ground) -> None:

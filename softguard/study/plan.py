@@ -10,7 +10,7 @@ from softguard.distill import time_step
 from softguard.estimate import generation_seconds, minutes
 from softguard.models import DEMO_MODEL, load_base
 from softguard.prompts import read_prompts
-from softguard.study.cells import Ground, is_finished
+from softguard.study.cells import ground_of, is_finished
 from softguard.study.grid import Arm, Grid
 from softguard.suites import load_suites
 from softguard.system import SafeSystem
@@ -19,11 +19,11 @@ _PROMPTS = 16  # of the corpus that steps are timed on
 
 
 def study_plan(grid: Grid, out: Path, workers: int) -> str:
-    """The cells of every base, and an estimate for those whose model, prompts and suites are on this machine.
+    """The cells of every base; for those whose model, prompts and suites are on this machine an estimate, and what is done.
 
     Raises SoftguardError for prompts, suites or guards that cannot be used; what is on a hub is not looked up.
     """
-    lines, total = [], 0.0
+    lines, total, done = [], 0.0, 0
     for base, recipe in grid.grounds.items():
         arms = [arm for arm in grid.arms if arm.cells[0][0].base == base]
         lines += [f"{base}: {recipe.model.name}", *(f"  {_line(arm)}" for arm in arms)]
@@ -36,12 +36,13 @@ def study_plan(grid: Grid, out: Path, workers: int) -> str:
         if away:
             lines.append(f"  no estimate: {', '.join(dict.fromkeys(away))} of a hub would be looked up")
             continue
+        done += sum(_done(arm, grid, out) for arm in arms)
         seconds = _seconds(recipe, arms, [text for suite in loaded for text in suite.prompts])
         lines.append(f"  about {minutes(seconds)} of one worker")
         total += seconds
     measured = sum(len(arm.cells) for arm in grid.arms)
     trained = measured + sum(len(arm.trials) - 1 for arm in grid.arms if arm.trials)
-    lines.append(f"study: {trained} cells to train, {measured} of them to measure, {_done(grid, out)} are done")
+    lines.append(f"study: {trained} cells to train, {measured} of them to measure, {done} are done")
     if total:
         lines[-1] += f"; about {minutes(total / workers)} with {workers} worker{'s'[: workers > 1]}, nothing done"
     return "\n".join(lines)
@@ -57,11 +58,9 @@ def _line(arm: Arm) -> str:
     return f"{first.row}, length {distil.n_soft}: {distil.steps} steps, rates {rates}, seeds {seeds}"
 
 
-def _done(grid: Grid, out: Path) -> int:
-    grounds = {base: Ground(recipe, out) for base, recipe in grid.grounds.items()}
-    return sum(
-        is_finished(grounds[arm.cells[0][0].base], arm, number, out) for arm in grid.arms for number in range(len(arm.cells))
-    )
+def _done(arm: Arm, grid: Grid, out: Path) -> int:
+    ground = ground_of(arm, grid, out)
+    return sum(is_finished(ground, arm, number, out) for number in range(len(arm.cells)))
 
 
 def _seconds(recipe: Recipe, arms: list[Arm], asked: list[str]) -> float:

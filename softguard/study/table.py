@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from softguard.config import Recipe, dump_recipe
 from softguard.errors import SoftguardError
@@ -63,6 +64,15 @@ SCHEMA = pa.schema(
 )
 
 
+# Sections whose keys all seeds of a row share; of `teach` those which change the corpus whatever its files are called.
+_SHARED: dict[str, tuple[str, ...]] = {
+    "distil": (),
+    "system": (),
+    "teach": ("limit", "validation_limit", "responses", "max_new_tokens", "temperature"),
+}
+_OWN = ("distil.learning_rate", "system.guard")  # checked apart, and by name
+
+
 def write_table(grid: Grid, out: Path) -> None:
     """Write `out/cells.parquet` of all cells that are trained."""
     with locked(out / ".lock"):  # another command may be at work on the same study
@@ -93,7 +103,7 @@ def join_tables(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """The cells of several runs of a study, such as of several machines. A cell that several have is the first's to measure it.
 
     Raises SoftguardError as `read_table` does, or if two runs asked a base's cells different things, had another model behind
-    its name, guard or judge, or chose different rates for a row.
+    its name, a guard or judge of another name, or trained a row otherwise: with another rate chosen, or by another recipe.
     """
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
     asked: dict[tuple[str, ...], tuple[Any, Path]] = {}
@@ -113,6 +123,8 @@ def join_tables(paths: Sequence[Path]) -> list[dict[str, Any]]:
                 for what, name in named.items():
                     check(path, what, row[name], base)
                 check(path, "chosen learning rate", row["learning_rate"], base, row["row"], row["n_soft"])
+                for name, value in _trained_by(row["recipe"]).items():
+                    check(path, name, value, base, row["row"], row["n_soft"])
                 for metric in row["metrics"]:
                     if metric["prompts"] is not None:
                         check(path, "set of prompts", metric["prompts"], base, metric["suite"])
@@ -120,6 +132,18 @@ def join_tables(paths: Sequence[Path]) -> list[dict[str, Any]]:
             if key not in cells or not cells[key]["evaluation"]:
                 cells[key] = row
     return list(cells.values())
+
+
+def _trained_by(recipe: str) -> dict[str, Any]:
+    """What of a cell's recipe its seeds must share; of a key that an older recipe lacks nothing is known."""
+    values = yaml.safe_load(recipe) or {}
+    return {
+        f"{section}.{key}": value
+        for section, names in _SHARED.items()
+        for key, value in values.get(section, {}).items()
+        if not names or key in names
+        if f"{section}.{key}" not in _OWN
+    }
 
 
 def _rows(arm: Arm, ground: Recipe, out: Path) -> list[dict[str, Any]]:

@@ -52,24 +52,24 @@ def run_tasks(tasks: Sequence[Task], workers: Workers, told: Callable[[Task, str
         ended[task.name] = error
         told(task, error)
 
-    while waiting or running:
-        for task in [task for task in waiting if all(need in ended for need in task.needs)]:
-            broken = next((ended[need] for need in task.needs if ended[need]), "")
-            if not broken and len(running) >= workers.slots:
-                continue
-            waiting.remove(task)
-            if broken:
-                end(task, broken)
-            else:
-                running[workers.submit(partial(_attempt, task.run))] = task
-        done, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in done:
-            try:
+    try:
+        while waiting or running:
+            for task in [task for task in waiting if all(need in ended for need in task.needs)]:
+                broken = next((ended[need] for need in task.needs if ended[need]), "")
+                if not broken and len(running) >= workers.slots:
+                    continue
+                waiting.remove(task)
+                if broken:
+                    end(task, broken)
+                else:
+                    running[workers.submit(partial(_attempt, task.run))] = task
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
                 end(running.pop(future), future.result())
-            except BrokenProcessPool as error:
-                raise SoftguardError(
-                    "a worker died, perhaps for want of memory; the same command goes on, with fewer --workers if need be"
-                ) from error
+    except BrokenProcessPool as error:  # of a result, or of a task that is handed out after a worker's death
+        raise SoftguardError(
+            "a worker died, perhaps for want of memory; the same command goes on, with fewer --workers if need be"
+        ) from error
 
 
 @contextmanager
