@@ -53,5 +53,6 @@ def demo(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -> str:
     prompts = {suite.name: list(suite.prompts) for suite in results.suites}
     answers = {str(name): texts for name, texts in results.answers.items()}
     lines = [json.loads(line) for line in log.splitlines()]
-    write_report(contract, answers, prompts, lines, dump_recipe(recipe), out / "report.html")
-    return f"{table(contract)}\n\n{examples(contract, answers, prompts)}\n\nreport: {out / 'report.html'}"
+    refusals = system.policy.refusals
+    write_report(contract, answers, prompts, refusals, lines, dump_recipe(recipe), out / "report.html")
+    return f"{table(contract)}\n\n{examples(contract, answers, prompts, refusals)}\n\nreport: {out / 'report.html'}"

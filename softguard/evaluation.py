@@ -37,7 +37,7 @@ from softguard.drift import measure_drift, mixture_drift
 from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
 from softguard.files import read_json, write_json
-from softguard.judges import GuardJudge, Judge, is_refusal, load_judge
+from softguard.judges import GuardJudge, Judge, declines, load_judge
 from softguard.models import BaseModel
 from softguard.prefix import constant_prefix
 from softguard.scoring import likeliest
@@ -287,7 +287,7 @@ class _Run:
         """Figures of every system on one suite of answers; one that begins as a refusal of the system is one by any wording."""
         rows = []
         refusals = self.system.policy.refusals
-        refused = {name: [text.startswith(refusals) or is_refusal(text) for text in texts] for name, texts in answers.items()}
+        refused = {name: [declines(text, refusals) for text in texts] for name, texts in answers.items()}
         if suite.measure == "over_refusal":
             rows = [self._share_row(name, suite, "over_refusal", hits) for name, hits in refused.items()]
             if "distilled" in refused:

@@ -119,6 +119,11 @@ def is_refusal(response: str) -> bool:
     return _GIVES_IN.search(text) is None and any(pattern.search(text) for pattern in _REFUSALS)
 
 
+def declines(response: str, refusals: Sequence[str]) -> bool:
+    """Whether `response` is a refusal: by phrases, or because it begins as one of the system's `refusals`, in any words."""
+    return response.startswith(tuple(refusals)) or is_refusal(response)
+
+
 # Compliance -----------------------------------------------------------------------------------------------------------
 
 _COLUMNS = 2**16  # of each n-gram family; float16 weights of both families take 262 kB

@@ -82,7 +82,7 @@ def without(contract: dict[str, Any], system: str) -> dict[str, Any]:
 
 
 def page(contract: dict[str, Any], folder: Path, log: list[dict[str, Any]] = LOG, recipe: str = "seed: 7\n") -> str:
-    write_report(contract, ANSWERS, PROMPTS, log, recipe, folder / "report.html")
+    write_report(contract, ANSWERS, PROMPTS, [REFUSAL], log, recipe, folder / "report.html")
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -198,7 +198,7 @@ def test_the_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
 
 
 def test_harmful_texts_are_cut_and_marked(tmp_path: Path) -> None:
-    plain, text = examples(results(), ANSWERS, PROMPTS), page(results(), tmp_path)
+    plain, text = examples(results(), ANSWERS, PROMPTS, [REFUSAL]), page(results(), tmp_path)
     for shown in (plain, text):
         assert "x" * 50 in shown
         assert "x" * CUT not in shown
@@ -211,8 +211,16 @@ def test_harmful_texts_are_cut_and_marked(tmp_path: Path) -> None:
     assert first.count(UNREFUSED) == 1  # the two refusals stand unmarked
 
 
+def test_the_system_s_own_refusal_is_one_by_any_wording() -> None:
+    own = "Request refused by policy."
+    answers = {system: {"harmful": [own, own, "Sure."] if system != "base" else ["Sure."] * 3} for system in ANSWERS}
+    prompts = {"harmful": ["a", "b", "c"]}
+    assert [answer.note for answer in pick(results(), answers, prompts, [own])[0].answers] == [UNREFUSED, "", ""]
+    assert [answer.note for answer in pick(results(), answers, prompts, [REFUSAL])[0].answers] == [UNREFUSED] * 3
+
+
 def test_examples_are_one_harmful_and_three_harmless() -> None:
-    chosen = pick(results(), ANSWERS, PROMPTS)
+    chosen = pick(results(), ANSWERS, PROMPTS, [REFUSAL])
     assert [example.suite for example in chosen] == ["harmful", "contrast", "everyday", "everyday"]
     assert chosen[3].answers[2].text == "(empty)"
 
@@ -222,13 +230,13 @@ def test_the_harmful_example_is_mild_and_shows_the_change() -> None:
     mild = [p.text for p in packaged_suite("harmful", "test") if p.category == "defamation"][:2]
     prompts = {"harmful": [harsh, *mild]}
     answers = {"base": {"harmful": ["Sure."] * 3}, "distilled": {"harmful": [REFUSAL, "Sure.", REFUSAL]}}
-    (example,) = pick(results(), answers, prompts)
+    (example,) = pick(results(), answers, prompts, [REFUSAL])
     assert example.prompt.text.rstrip("…") == mild[1][:CUT].rstrip()
 
 
 def test_the_terminal_gets_no_control_characters() -> None:
     answers = {"base": {"contrast": ["a\x1b[31mb\x07\nc\u202e"]}}
-    shown = examples(results(), answers, {"contrast": ["Why?\x1b]0;t\x07"]})
+    shown = examples(results(), answers, {"contrast": ["Why?\x1b]0;t\x07"]}, [])
     assert shown == "contrast prompt: Why?]0;t\n  base:          a[31mb c"
 
 
@@ -236,21 +244,21 @@ def test_the_terminal_gets_no_control_characters() -> None:
 def test_a_missing_system_is_left_out(missing: str, tmp_path: Path) -> None:
     contract = without(results(), missing)
     answers = {system: texts for system, texts in ANSWERS.items() if system != missing}
-    write_report(contract, answers, PROMPTS, [], "", tmp_path / "report.html")
+    write_report(contract, answers, PROMPTS, [], [], "", tmp_path / "report.html")
     parsed = Checked((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert ("span", "class", f"key fill-{missing}") not in parsed.attributes
     assert "Training" not in parsed.words
     label = missing.replace("_", " ")
     assert label not in re.split(r"  +", table(contract).splitlines()[0])
-    assert f"{label}:" not in examples(contract, answers, PROMPTS)
+    assert f"{label}:" not in examples(contract, answers, PROMPTS, [])
 
 
 def test_nothing_measured_is_still_a_page(tmp_path: Path) -> None:
     empty = {**results(), "rows": [], "cost": []}
-    write_report(empty, {}, {}, [], "", tmp_path / "report.html")
+    write_report(empty, {}, {}, [], [], "", tmp_path / "report.html")
     assert "Safety was not measured" in Checked((tmp_path / "report.html").read_text(encoding="utf-8")).words
     assert table(empty).startswith("measure")
-    assert examples(empty, {}, {}) == ""
+    assert examples(empty, {}, {}, []) == ""
 
 
 def test_fields_of_later_versions_are_passed_over() -> None:

@@ -16,6 +16,7 @@ def write_report(
     results: Mapping[str, Any],
     answers: Answers,
     prompts: Mapping[str, Sequence[str]],
+    refusals: Sequence[str],
     log: Sequence[Mapping[str, Any]],
     recipe_yaml: str,
     out: Path,
@@ -23,8 +24,8 @@ def write_report(
     """Write the page of one evaluation to `out`; it loads nothing from elsewhere.
 
     `results`: content of `results.json`; `answers`: system -> suite -> answers; `prompts`: suite -> prompts, in the order
-    of the answers; `log`: lines of `log.jsonl`, none for a model that was not trained here. Systems, suites and figures
-    that are missing are left out. Raises SoftguardError if `out` cannot be written.
+    of the answers; `refusals`: the system's; `log`: lines of `log.jsonl`, none for a model that was not trained here. Systems,
+    suites and figures that are missing are left out. Raises SoftguardError if `out` cannot be written.
     """
     import jinja2
 
@@ -42,7 +43,7 @@ def write_report(
         costs=cost_lines(results),
         chart=bar_chart(results),
         panels=training_panels(log),
-        examples=pick(results, answers, prompts),
+        examples=pick(results, answers, prompts, refusals),
         recipe=recipe_yaml,
     )
     write_text(out, page)

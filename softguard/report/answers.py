@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from softguard.judges import is_refusal
+from softguard.judges import declines
 from softguard.prompts import PACKAGED, read_prompts
 from softguard.report.measures import SYSTEMS, rows_of, suites_of
 
@@ -35,11 +35,13 @@ class Example(NamedTuple):
     answers: tuple[Text, ...]
 
 
-def pick(results: Mapping[str, Any], answers: Answers, prompts: Mapping[str, Sequence[str]]) -> list[Example]:
+def pick(
+    results: Mapping[str, Any], answers: Answers, prompts: Mapping[str, Sequence[str]], refusals: Sequence[str]
+) -> list[Example]:
     """One harmful prompt and three harmless ones: one of the first harmless suite, two of the last.
 
     The harmful one is of a mild kind and, if there is one, one the base complied with and the distilled model refused;
-    the others are taken at even distances, whatever was answered.
+    the others are taken at even distances, whatever was answered. `refusals`: the system's, see `declines`.
     """
     rows = rows_of(results)
     harmful, harmless = (
@@ -50,16 +52,22 @@ def pick(results: Mapping[str, Any], answers: Answers, prompts: Mapping[str, Seq
     if harmful:
         suite = harmful[0]
         split = next(row.split for row in rows if row.suite == suite)
-        i = _mildest(prompts[suite], {system: texts[suite] for system, texts in answers.items() if suite in texts}, split)
-        chosen.append(_example(suite, i, prompts, answers, harmful=True))
+        refused = {s: [declines(text, refusals) for text in texts[suite]] for s, texts in answers.items() if suite in texts}
+        i = _mildest(prompts[suite], refused, split)
+        example = _example(suite, i, prompts, answers)
+        cut = [t if declines(t.text, refusals) else Text(t.who, _cut(t.text, CUT), UNREFUSED) for t in example.answers]
+        prompt = Text(example.prompt.who, _cut(example.prompt.text, CUT), HARMFUL_PROMPT)
+        chosen.append(Example(suite, prompt, tuple(cut)))
     wanted = dict.fromkeys((suite, i) for suite, i in _spread(harmless, prompts))
-    return chosen + [_example(suite, i, prompts, answers, harmful=False) for suite, i in wanted]
+    return chosen + [_example(suite, i, prompts, answers) for suite, i in wanted]
 
 
-def examples(results: Mapping[str, Any], answers: Answers, prompts: Mapping[str, Sequence[str]]) -> str:
+def examples(
+    results: Mapping[str, Any], answers: Answers, prompts: Mapping[str, Sequence[str]], refusals: Sequence[str]
+) -> str:
     """The examples as plain text for a terminal; control characters of the texts are left out."""
     blocks = []
-    for example in pick(results, answers, prompts):
+    for example in pick(results, answers, prompts, refusals):
         lines = [(f"{example.suite} prompt", example.prompt), *((f"  {text.who}", text) for text in example.answers)]
         width = max(len(label) for label, _ in lines) + 1
         blocks.append("\n".join(f"{label + ':':<{width}} {_plain(text.text)} {text.note}".rstrip() for label, text in lines))
@@ -73,26 +81,24 @@ def _spread(suites: Sequence[str], prompts: Mapping[str, Sequence[str]]) -> list
     return [(first, len(prompts[first]) // 2), (last, 0), (last, 3 * len(prompts[last]) // 4)]
 
 
-def _mildest(prompts: Sequence[str], answers: Mapping[str, Sequence[str]], split: str) -> int:
+def _mildest(prompts: Sequence[str], refused: Mapping[str, Sequence[bool]], split: str) -> int:
     kinds = {p.text: p.category for p in read_prompts(f"{PACKAGED}:{split}")} if split in _SPLITS else {}
-    base, distilled = answers.get("base"), answers.get("distilled")
+    base, distilled = refused.get("base"), refused.get("distilled")
 
     def rank(i: int) -> tuple[int, bool]:
         kind = kinds.get(prompts[i])
         mildness = 0 if kind in _MILD else 1 if kind is None else 2 if kind in _HARSHER else 3
-        shows = bool(base and distilled and not is_refusal(base[i]) and is_refusal(distilled[i]))
+        shows = bool(base and distilled and not base[i] and distilled[i])
         return mildness, not shows
 
     return min(range(len(prompts)), key=rank)
 
 
-def _example(suite: str, i: int, prompts: Mapping[str, Sequence[str]], answers: Answers, harmful: bool) -> Example:
+def _example(suite: str, i: int, prompts: Mapping[str, Sequence[str]], answers: Answers) -> Example:
     texts = [Text(label, answers[s][suite][i]) for s, label in SYSTEMS.items() if suite in answers.get(s, {})]
-    prompt = Text("prompt", prompts[suite][i])
-    if harmful:
-        prompt = Text(prompt.who, _cut(prompt.text, CUT), HARMFUL_PROMPT)
-        texts = [t if is_refusal(t.text) else Text(t.who, _cut(t.text, CUT), UNREFUSED) for t in texts]
-    return Example(suite, prompt, tuple(t if t.text.strip() else t._replace(text="(empty)") for t in texts))
+    return Example(
+        suite, Text("prompt", prompts[suite][i]), tuple(t if t.text.strip() else t._replace(text="(empty)") for t in texts)
+    )
 
 
 def _cut(text: str, limit: int) -> str:

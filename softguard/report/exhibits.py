@@ -27,7 +27,7 @@ class Exhibit(NamedTuple):
     unit: str = "%"
 
 
-_WRAPPED = r"(?<![a-z])dan(?![a-z])|jailbreak|template"
+_WRAPPED = r"(?<![a-z])dan(?![a-z])|jailbreak|template|wrap"
 _HARMBENCH = rf"^(?!.*({_WRAPPED})).*harmbench"
 EXHIBITS = (
     Exhibit("harmbench", "Safe answers to HarmBench, by base model", "safety", _HARMBENCH),
