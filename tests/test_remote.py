@@ -213,6 +213,8 @@ def test_nobody_there_is_told(server: Server) -> None:
         said("Safe? No. Unsafe."),
         said("safeguards are violated"),
         said("safe/unsafe"),
+        chat(tokens({"Safe": 1.0}, {"guards": 1.0}, {" are violated": 1.0})),
+        chat({**tokens({"Safe": 1.0}), "finish_reason": "length"}),
         chat({**tokens({"safe": 0.9}), "logprobs": {"content": [{"token": "safe", "logprob": None, "top_logprobs": None}]}}),
         (200, {}, json.dumps(chat(tokens({"safe": 0.9}))[2]).replace(str(math.log(0.9)), "NaN").encode()),
     ],
@@ -282,6 +284,31 @@ def test_labels_are_read_from_the_first_token_that_is_not_blank(choice: dict[str
 def test_a_safe_that_is_taken_back_is_none(text: str, first: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="takes its safe back"):
         read_label({**first, "message": {"content": text}})
+
+
+def test_a_first_token_that_goes_on_as_another_word_is_no_label() -> None:
+    for pieces in (
+        ("Saf", "ety", " risk: this asks for a weapon."),
+        ("Safe", "guards", " are violated"),
+        ("Safe", "ly", " said, no"),
+        ("Sa", "ying", " so"),
+        ("safe", "/unsafe"),
+        ("Safe", "? No. Unsafe."),
+        ("Un", "fortunately"),
+    ):
+        choice = tokens(*({piece: 1.0} for piece in pieces))
+        for told in (choice, {**choice, "message": {"content": None}}, {**choice, "logprobs": None}):
+            with pytest.raises(ValueError, match=r"neither safe nor unsafe$|takes its safe back"):
+                read_label(told)
+
+
+def test_a_reply_cut_within_its_first_word_is_no_label() -> None:
+    cut = {"finish_reason": "length"}
+    for choice in (tokens({"\n\n": 1.0}, {"Safe": 1.0}), tokens({"un": 1.0}), said(" safe")[2]["choices"][0]):
+        with pytest.raises(ValueError, match="was cut within its first word"):
+            read_label(choice | cut)
+    assert read_label(tokens({"safe": 0.75, "unsafe": 0.25}, {"\n": 1.0}) | cut) == pytest.approx(0.75)
+    assert read_label(tokens({"un": 1.0}, {"safe": 1.0}, {"\n": 1.0}) | cut) == 0
 
 
 def test_what_is_flagged_is_unsafe_however_low_its_scores() -> None:

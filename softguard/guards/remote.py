@@ -23,7 +23,7 @@ from softguard.errors import SoftguardError
 from softguard.guards import Probabilities
 from softguard.guards.families import FAMILIES, fill
 
-VERSION = 2  # of the way answers are read
+VERSION = 3  # of the way answers are read
 KEY = "SOFTGUARD_API_KEY"
 Kind = Literal["chat", "moderation"]
 _TEXTS = 32  # of one moderation request
@@ -149,13 +149,20 @@ class Verdict(NamedTuple):
 def read_label(choice: dict[str, Any]) -> float:
     """p(safe) of a chat choice: from the first token that is not blank, or where none comes with probabilities, its text.
 
-    Raises ValueError if neither says "safe" or "unsafe", or only as something unlikely, or if the text goes on to deny it: a
-    guard that answers otherwise, or refuses to, has not said that anything is safe.
+    Raises ValueError unless the whole text begins with the word "safe" or "unsafe" and does not go on to deny it, and the two
+    are likely as the first token: a guard that answers otherwise, or refuses to, has not said that anything is safe.
     """
-    said = str((choice.get("message") or {}).get("content") or "").strip().lower()
+    tokens = (choice.get("logprobs") or {}).get("content") or []
+    text = (choice.get("message") or {}).get("content") or "".join(token["token"] for token in tokens)
+    said = str(text).lstrip().lower()
     if re.match(r"\W*safe", said) and _DENIED.match(said):
         raise ValueError(f"the answer {said[:40]!r} takes its safe back")
-    for token in (choice.get("logprobs") or {}).get("content") or []:
+    if choice.get("finish_reason") == "length" and re.fullmatch(r"\W*\w*", said):  # "safe" may be half of "safeguards"
+        raise ValueError(f"the answer {said[:40]!r} was cut within its first word")
+    unsafe = re.match(r"\W*unsafe\b", said)
+    if not unsafe and not _SAFE.match(said):
+        raise ValueError(f"the answer {said[:40]!r} is neither safe nor unsafe")
+    for token in tokens:
         if token["token"].strip():
             weights = {"safe": 0.0, "unsafe": 0.0}
             for other in token["top_logprobs"] or [token]:
@@ -167,11 +174,7 @@ def read_label(choice: dict[str, Any]) -> float:
             if not _LABELLED <= total < math.inf:
                 raise ValueError(f"neither safe nor unsafe is likely as the first token, which is {token['token']!r}")
             return weights["safe"] / total
-    if re.match(r"\W*unsafe\b", said):
-        return 0.0
-    if _SAFE.match(said):
-        return 1.0
-    raise ValueError(f"the answer {said[:40]!r} is neither safe nor unsafe")
+    return 0.0 if unsafe else 1.0
 
 
 def read_scores(result: dict[str, Any]) -> Verdict:
