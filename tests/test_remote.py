@@ -330,6 +330,12 @@ def test_found_by_name() -> None:
             load_guard(spec)
 
 
+@pytest.mark.parametrize("address", ["localhost:PORT/v1", "localhost:99999", "localhost:0", "[::1/v1", "", "/v1", ":80/v1"])
+def test_an_address_that_is_none_is_told(address: str) -> None:
+    with pytest.raises(SoftguardError, match="must read remote:chat:MODEL@URL"):
+        load_guard(f"remote:chat:m@http://{address}")
+
+
 def test_without_the_client_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(SoftguardError, match=r"needs the package openai: pip install openai"):

@@ -58,7 +58,11 @@ class RemoteGuard:
         """The guard "chat:MODEL@URL" or "moderation:MODEL@URL". Raises SoftguardError for another spec."""
         kind, _, rest = spec.partition(":")
         model, _, url = rest.rpartition("@")
-        if kind not in get_args(Kind) or not model or not url.startswith(("http://", "https://")):
+        try:
+            reachable = bool(urlsplit(url).hostname) and urlsplit(url).port != 0
+        except ValueError:  # a bracket without its other half, a port that is no number
+            reachable = False
+        if kind not in get_args(Kind) or not model or not url.startswith(("http://", "https://")) or not reachable:
             raise SoftguardError(
                 f"guard 'remote:{spec}' must read remote:chat:MODEL@URL or remote:moderation:MODEL@URL, with a URL such as "
                 "http://localhost:8000/v1"
