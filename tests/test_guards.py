@@ -261,6 +261,8 @@ def test_what_cannot_be_fitted_is_told_before_it_is(tmp_path: Path) -> None:
         fitted(without, GuardConfig(rank=1, epochs=100))
     with pytest.raises(SoftguardError, match=r"guard\.rank 12 takes 995,328 bytes, a guard at most 1,000,000; lower it"):
         fitted(rows, GuardConfig(rank=12, epochs=100))
+    with pytest.raises(SoftguardError, match=r"guard\.rank 100000000 takes [\d,]+ bytes"):  # more than any machine has
+        fitted(rows, GuardConfig(rank=100_000_000, epochs=100))
 
 
 def test_rows_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:

@@ -81,15 +81,16 @@ def fit(
     tokenizer = load_tokenizer(folder)
     # bfloat16 and eager attention fit 2–3 times faster than float32 where the CPU has AMX; the merged guard is float32.
     encoder = load_encoder(folder, "eager").bfloat16()
+    layers = linear_layers(encoder)
+    size = sum(2 * settings.rank * (layer.in_features + layer.out_features) for _, layer in layers)  # as stored, in float16
+    if size > MAX_BYTES - _HEADS_AND_CARD:
+        raise SoftguardError(f"guard.rank {settings.rank} takes {size:,} bytes, a guard at most {MAX_BYTES:,}; lower it")
     generator = torch.Generator().manual_seed(seed)
     low_rank = {}
-    for path, layer in linear_layers(encoder):
+    for path, layer in layers:
         low_rank[path] = _LowRank(layer, settings.rank, generator)
         parent, _, child = f"encoder.{path}".rpartition(".")
         setattr(encoder.get_submodule(parent), child, low_rank[path])
-    size = sum(2 * (module.a.numel() + module.b.numel()) for module in low_rank.values())  # as stored, in float16
-    if size > MAX_BYTES - _HEADS_AND_CARD:
-        raise SoftguardError(f"guard.rank {settings.rank} takes {size:,} bytes, a guard at most {MAX_BYTES:,}; lower it")
     hidden = low_rank[next(iter(low_rank))].base.in_features
     heads = nn.ParameterDict({"prompt": torch.zeros(hidden + 1)})  # the last entry is the bias
     if answers:
