@@ -11,7 +11,7 @@ import torch
 
 from softguard.card import auroc_figure, calibration_figure, sha256, share_figure
 from softguard.config import GuardConfig
-from softguard.errors import SoftguardError
+from softguard.errors import DivergedError, SoftguardError
 from softguard.guards import Guard, load_guard, prompt_safety, response_safety
 from softguard.guards.callable import CallableGuard
 from softguard.guards.encoder import BUNDLED, MAX_BYTES, EncoderGuard
@@ -263,6 +263,14 @@ def test_what_cannot_be_fitted_is_told_before_it_is(tmp_path: Path) -> None:
         fitted(rows, GuardConfig(rank=12, epochs=100))
     with pytest.raises(SoftguardError, match=r"guard\.rank 100000000 takes [\d,]+ bytes"):  # more than any machine has
         fitted(rows, GuardConfig(rank=100_000_000, epochs=100))
+
+
+@pytest.mark.parametrize("rates", [{"learning_rate": 1e3}, {"head_learning_rate": 1e30}])
+def test_a_fit_that_diverges_is_told_and_keeps_nothing(rates: dict[str, float], tmp_path: Path) -> None:
+    rows = _write(tmp_path / "rows.jsonl", _labelled(40))
+    with pytest.raises(DivergedError, match=r"lower guard\.learning_rate or guard\.head_learning_rate"):
+        fit_guard([rows], tmp_path / "out", GuardConfig(rank=1, epochs=2, batch=16, **rates))  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from softguard.card import Card, Figure, Flags, auroc_figure, calibration_figure, figure_fields, sha256, share_figure
 from softguard.config import GuardConfig
-from softguard.errors import SoftguardError
+from softguard.errors import DivergedError, SoftguardError
 from softguard.guards import Probabilities
 from softguard.guards.encoder import (
     ENCODER_ID,
@@ -70,7 +70,8 @@ def fit(
     """Fit a guard on `rows`; calibrate it and choose its thresholds on `validation`.
 
     The same rows, settings and thread count give the same weights, bit for bit. `told` receives progress lines.
-    Raises SoftguardError if a question lacks one of its two classes in either set.
+    Raises SoftguardError if a question lacks one of its two classes in either set, and DivergedError if a fitted weight is not
+    finite as it is stored.
     """
     _check_classes(rows, "training")
     _check_classes(validation, "validation")
@@ -106,6 +107,10 @@ def fit(
     for question, head in heads.items():
         weights[f"{question}.weight"] = head.detach()[:-1].clone()
         weights[f"{question}.bias"] = head.detach()[-1:].clone()
+    if not all(bool(weight.isfinite().all()) for weight in weights.values()):
+        raise DivergedError(
+            "the fitted guard has weights that are not finite as stored; lower guard.learning_rate or guard.head_learning_rate"
+        )
     card: Card = {
         "format": FORMAT,
         "version": VERSION,
@@ -286,7 +291,7 @@ def fit_guard(
 
     One prompt in five, by the sha256 of its text, is held out: half of those calibrate the guard and choose its
     thresholds, the other half give the card's figures. Deterministic for the same files, settings and thread count.
-    Raises SoftguardError for a bad row (with file and line) or a missing class.
+    Raises SoftguardError for a bad row (with file and line) or a missing class, and DivergedError as `fit` does.
     """
     settings = settings or GuardConfig()
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
