@@ -287,9 +287,11 @@ def _chat(options: argparse.Namespace) -> None:
 
 def _guard_fit(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
+    from softguard.files import check_folder
     from softguard.guards.fit import fit_guard, read_rows
 
     if options.dry_run:
+        check_folder(options.out)
         counts = ", ".join(f"{path} ({len(read_rows(path)):,} rows)" for path in options.data)
         print(f"guard fit: would train on {counts} and write {options.out}; minutes for some thousand rows")
         return

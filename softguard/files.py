@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -59,6 +60,27 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_folder(folder: Path) -> None:
+    """Try whether files can be written in `folder`, which need not be there; leaves nothing behind.
+
+    Raises SoftguardError if not, so that it is told before hours of work instead of after them.
+    """
+    made: list[Path] = []
+    try:
+        for part in (*reversed(folder.parents), folder):
+            if not part.exists():
+                part.mkdir()
+                made.append(part)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SoftguardError(f"{folder} could not be written ({error.strerror or error}); choose another folder") from error
+    finally:
+        for part in reversed(made):
+            with contextlib.suppress(OSError):  # another process has put something there
+                part.rmdir()
 
 
 @contextlib.contextmanager

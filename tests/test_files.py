@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from softguard.errors import SoftguardError
-from softguard.files import locked, read_json, write_file, write_json, write_text
+from softguard.files import check_folder, locked, read_json, write_file, write_json, write_text
 from tests.commands import ROOT
 
 
@@ -83,6 +83,22 @@ def test_a_file_in_the_folders_place_is_told(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("in the way")
     with pytest.raises(SoftguardError, match="could not be written"):
         write_text(tmp_path / "a" / "b.txt", "text")
+
+
+def test_a_folder_that_files_can_be_written_in_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "a").write_text("kept")
+    for name in (".", "old", "new", "old/new/newer"):
+        check_folder(tmp_path / name)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["old", "old/a"]
+
+
+@pytest.mark.parametrize("name", ["a", "a/b", "a/b/c", "new/" + "x" * 300])
+def test_a_folder_that_cannot_be_is_told_and_nothing_is_left(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("in the way")
+    with pytest.raises(SoftguardError, match=r"could not be written \(.*\); choose another folder"):
+        check_folder(tmp_path / name)
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_name_too_long_is_told(tmp_path: Path) -> None:

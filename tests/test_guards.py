@@ -251,8 +251,8 @@ def test_missing_files_and_classes_are_told(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_fitted_is_told_before_it_is(tmp_path: Path) -> None:
-    def fitted(rows: list[dict[str, object]], settings: GuardConfig) -> None:
-        fit_guard([_write(tmp_path / "rows.jsonl", rows)], tmp_path / "out", settings, told=lambda line: pytest.fail(line))
+    def fitted(rows: list[dict[str, object]], settings: GuardConfig, out: str = "out") -> None:
+        fit_guard([_write(tmp_path / "rows.jsonl", rows)], tmp_path / out, settings, told=lambda line: pytest.fail(line))
 
     rows = _labelled(40)
     tenth = [row for row in rows if int(sha256(str(row["prompt"]).lower().encode())[:8], 16) % 10 == 0]
@@ -263,6 +263,8 @@ def test_what_cannot_be_fitted_is_told_before_it_is(tmp_path: Path) -> None:
         fitted(rows, GuardConfig(rank=12, epochs=100))
     with pytest.raises(SoftguardError, match=r"guard\.rank 100000000 takes [\d,]+ bytes"):  # more than any machine has
         fitted(rows, GuardConfig(rank=100_000_000, epochs=100))
+    with pytest.raises(SoftguardError, match="out could not be written"):
+        fitted(rows, GuardConfig(rank=1, epochs=100), "rows.jsonl/out")
 
 
 @pytest.mark.parametrize("rates", [{"learning_rate": 1e3}, {"head_learning_rate": 1e30}])

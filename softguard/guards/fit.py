@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from softguard.card import Card, Figure, Flags, auroc_figure, calibration_figure, figure_fields, sha256, share_figure
 from softguard.config import GuardConfig
 from softguard.errors import DivergedError, SoftguardError
+from softguard.files import check_folder
 from softguard.guards import Probabilities
 from softguard.guards.encoder import (
     ENCODER_ID,
@@ -291,8 +292,10 @@ def fit_guard(
 
     One prompt in five, by the sha256 of its text, is held out: half of those calibrate the guard and choose its
     thresholds, the other half give the card's figures. Deterministic for the same files, settings and thread count.
-    Raises SoftguardError for a bad row (with file and line) or a missing class, and DivergedError as `fit` does.
+    Raises SoftguardError for a bad row (with file and line), a missing class or, before anything is fitted, an `out` that
+    cannot be written, and DivergedError as `fit` does.
     """
+    check_folder(Path(out))
     settings = settings or GuardConfig()
     parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
     sources = []
