@@ -37,12 +37,8 @@ def read_prompts(source: str, limit: int = 0) -> Iterator[Prompt]:
     With a limit, the packaged prompts are thinned evenly so that every suite and topic stays in its proportion.
     Raises SoftguardError that names file, line and field when a row is malformed or the source is empty.
     """
-    count = 0
     for _, row in islice(read_rows(source, limit), limit or None):
-        count += 1
         yield Prompt(row["prompt"], *(str(row.get(key) or "") for key in Prompt._fields[1:]))
-    if not count:
-        raise SoftguardError(f"{source} holds no prompts; give at least one")
 
 
 def read_rows(source: str, limit: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -57,6 +53,7 @@ def read_rows(source: str, limit: int = 0) -> Iterator[tuple[str, dict[str, Any]
         rows = _hub(source)
     else:
         rows = _file(Path(source))
+    where = ""
     for where, row in rows:
         text, label = row.get("prompt"), row.get("label")
         if not isinstance(text, str):
@@ -70,6 +67,8 @@ def read_rows(source: str, limit: int = 0) -> Iterator[tuple[str, dict[str, Any]
         if label not in (None, "", "harmful", "benign"):
             raise SoftguardError(f"{where}: label {label!r} is unknown; use harmful, benign or none")
         yield where, dict(row)
+    if not where:
+        raise SoftguardError(f"{source} holds no prompts; give at least one")
 
 
 def packaged_suite(suite: str, split: str) -> list[Prompt]:

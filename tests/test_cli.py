@@ -185,7 +185,11 @@ def test_guard_fit_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "dry").exists()
     data.write_text('{"prompt": "x"}\n{"prompt": 3}\n')
     assert "data.jsonl:2" in refused(capsys, "guard", "score", data, "--set", GUARD, "--out", out)
+    data.write_text("\n")
+    for dry in ([], ["--dry-run"]):
+        assert "data.jsonl holds no prompts" in refused(capsys, "guard", "score", data, "--set", GUARD, "--out", out, *dry)
     assert len(out.read_text().splitlines()) == 2
+    data.write_text('{"prompt": "x"}\n')
     assert "data.jsonl:1" in refused(capsys, "guard", "fit", data, "--out", tmp_path / "guard")
     data.write_text('{"prompt": "x", "label": "benign"}\n')
     assert main(["guard", "fit", str(data), "--out", str(tmp_path / "guard"), "--dry-run"]) == 0

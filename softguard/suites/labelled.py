@@ -11,8 +11,6 @@ def load(name: str, limit: int) -> list[Suite]:
     """One suite a label found in "file:PATH" or "hub:DATASET[@CONFIG][:SPLIT]"."""
     source = name.removeprefix("file:")
     rows = list(read_rows(source))
-    if not rows:
-        raise SoftguardError(f"{source} holds no prompts; give at least one")
     if bare := [where for where, row in rows if not row.get("label")]:
         raise SoftguardError(f"{bare[0]}: the row has no label; it needs harmful or benign, so that its answer can be graded")
     stem = Path(source).stem if name.startswith("file:") else source
