@@ -61,8 +61,7 @@ def read_rows(source: str, limit: int = 0) -> Iterator[tuple[str, dict[str, Any]
         if not text.strip():
             raise SoftguardError(f"{where}: the prompt is empty; remove the row or fill it in")
         for key, value in row.items():
-            texts = value if isinstance(value, list | tuple) else [value]
-            if not all(is_whole(part) for part in texts if isinstance(part, str)):
+            if not is_whole(json.dumps([key, value], ensure_ascii=False, default=str)):  # however deep
                 raise SoftguardError(f"{where}: field {key!r} holds half a character (a lone surrogate); mend the text")
         if label not in (None, "", "harmful", "benign"):
             raise SoftguardError(f"{where}: label {label!r} is unknown; use harmful, benign or none")

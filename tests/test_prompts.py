@@ -145,6 +145,12 @@ def test_prompt_with_half_a_character_is_not_text(tmp_path: Path) -> None:
     assert "a.jsonl:1: field 'prompt'" in told(path)
 
 
+@pytest.mark.parametrize("field", [{"tags": ["\ud800"]}, {"meta": {"a": "\ud800"}}, {"meta": [{"\ud800": 1}]}, {"\ud800": 1}])
+def test_half_a_character_is_told_wherever_in_a_row_it_is(tmp_path: Path, field: dict[str, object]) -> None:
+    (name,) = field
+    assert f"a.jsonl:1: field {name!r} holds half" in told(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", **field}]))
+
+
 def test_row_without_prompt_is_told(tmp_path: Path) -> None:
     assert "a.jsonl:2: field 'prompt' is missing" in told(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}, {"text": "b"}]))
     (tmp_path / "a.csv").write_text("text,label\na,benign\n")
