@@ -294,6 +294,8 @@ def _read_yaml(text: str) -> Any:
         return yaml.load(text, Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of no calendar, an integer of too many digits
         raise ValueError(" ".join(str(error).split())) from error
+    except (AttributeError, LookupError, TypeError) as error:  # of the loader, as for: !!bool maybe
+        raise ValueError("a value does not fit its !!tag") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

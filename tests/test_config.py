@@ -415,7 +415,7 @@ def test_what_yaml_reads_strangely_is_told_in_one_line(tmp_path: Path, text: str
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("value", ["2024-13-45", "0b_", "1" * 5000])
+@pytest.mark.parametrize("value", ["2024-13-45", "0b_", "1" * 5000, "!!timestamp foo", "!!bool foo", "!!map [1]", "!!int ''"])
 def test_an_override_that_is_no_value_is_told(value: str) -> None:
     with pytest.raises(SoftguardError, match="the value is not valid YAML"):
         load_recipe(None, [f"seed={value}"])
