@@ -101,6 +101,27 @@ def test_a_guard_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             load_guard(spec)
 
 
+class OfPrompts:
+    name = fingerprint = "of prompts"
+    prompt_safety = response_safety = None
+    prompt_threshold: object = 1
+
+    @property
+    def response_threshold(self) -> float:
+        raise SoftguardError("only judges prompts")
+
+
+of_prompts = OfPrompts()
+
+
+@pytest.mark.parametrize("line", [None, "0.5", float("nan"), 1.5])
+def test_a_threshold_that_is_no_probability_is_told(line: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_guard(f"{__name__}:of_prompts").name == "of prompts"
+    monkeypatch.setattr(OfPrompts, "prompt_threshold", line)
+    with pytest.raises(SoftguardError, match=rf"has {line!r} as its prompt_threshold; it must be a number in \[0, 1\]"):
+        load_guard(f"{__name__}:of_prompts")
+
+
 def test_the_bundled_guard_is_small_and_measured() -> None:
     assert sum(path.stat().st_size for path in BUNDLED.iterdir()) <= MAX_BYTES
     card = json.loads((BUNDLED / "card.json").read_text(encoding="utf-8"))

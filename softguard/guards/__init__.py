@@ -7,6 +7,7 @@ or a wrong count is an error, never a "safe".
 
 import builtins
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -76,6 +77,13 @@ def load_guard(spec: str) -> Guard:
         for field in ("name", "fingerprint"):
             if not isinstance(getattr(found, field, None), str):
                 raise SoftguardError(f"guard {spec!r} has no text as its {field}; give it one, as an attribute or a property")
+        for field in ("prompt_threshold", "response_threshold"):
+            try:
+                own = getattr(found, field, 0.5)
+            except SoftguardError:  # fitted for the other question alone
+                continue
+            if not isinstance(own, Real) or not 0 <= float(own) <= 1:  # NaN fails both comparisons
+                raise SoftguardError(f"guard {spec!r} has {own!r} as its {field}; it must be a number in [0, 1], or left out")
         return found  # type: ignore[no-any-return]
     if not builtins.callable(found):  # the bare name is the submodule softguard.guards.callable
         raise SoftguardError(f"guard {spec!r} is a {type(found).__name__}, not a function f(prompts, responses or None)")
