@@ -119,10 +119,11 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
         _round(model, quantize)
     try:
         model = model.to(device).eval().requires_grad_(False)
-    except (RuntimeError, AssertionError) as error:  # no such device, or none here
+        identity = fingerprint(model)
+    except (RuntimeError, AssertionError) as error:  # no such device, none here, or meta, which holds no values
         raise SoftguardError(f"model.device is {device!r} ({' '.join(str(error).split())[:200]}); use auto or cpu") from error
     _flatten_head_input(model.get_output_embeddings())
-    base = BaseModel(spec, model, tokenizer, fingerprint(model))
+    base = BaseModel(spec, model, tokenizer, identity)
     check_supported(spec, model, base.head)
     return base
 

@@ -64,6 +64,12 @@ def test_a_missing_model_is_told_in_one_line(spec: str, words: str) -> None:
     assert spec in str(caught.value)
 
 
+@pytest.mark.parametrize("device", ["banana", "meta"])
+def test_a_device_that_holds_no_model_is_told(device: str, small_folder: Path) -> None:
+    with pytest.raises(SoftguardError, match=rf"^model\.device is '{device}' \(.*\); use auto or cpu$"):
+        load_base(str(small_folder), device=device)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SoftguardError, match=r"config\.json"):
         load_base(str(tmp_path))
