@@ -1,6 +1,7 @@
 """The command line: every subcommand reads a recipe, calls one public function and prints what came of it."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ _LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for an error told in one line, 130 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name that is not UTF-8 must not end work that is done
     options = _parser().parse_args(arguments)
     sys.path.append(os.getcwd())  # "mine:guard" is found beside the recipe; last, so that it hides no installed package
     _ask_for_large_pages()

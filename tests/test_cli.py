@@ -218,6 +218,17 @@ def test_a_guard_in_the_folder_of_the_command_is_found(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.jsonl").read_text())["p_safe"] == 0.25
 
 
+def test_a_name_that_is_not_utf8_is_printed_all_the_same(tmp_path: Path) -> None:
+    data, out = tmp_path / "data.jsonl", tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    data.write_text('{"prompt": "hello"}\n')
+    command = [sys.executable, "-m", "softguard.cli", "guard", "score", str(data), "--set", GUARD, "--out", str(out)]
+    strict = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, env=strict, cwd=ROOT, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(b"/caf\\udce9.jsonl\n")
+    assert out.is_file()
+
+
 def test_chat_that_compares_needs_an_adapter(small_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--adapter" in refused(capsys, "chat", "--compare", "--set", f"model.name={small_folder}")
 
