@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from softguard.errors import SoftguardError
-from softguard.prompts import Prompt, packaged_suite, read_prompts, thin
+from softguard.prompts import Prompt, packaged_suite, read_prompts, read_rows, thin
 
 ROWS = [
     {"prompt": 'Say "hi", please', "label": "benign", "suite": "mine", "category": "c", "topic": "t", "language": "en"},
@@ -106,6 +106,8 @@ def test_empty_files_hold_no_prompts(tmp_path: Path) -> None:
     for name, content in (("a.jsonl", ""), ("a.csv", ""), ("b.csv", "prompt,label\n"), ("a.txt", "\n \n")):
         (tmp_path / name).write_text(content)
         assert f"{name} holds no prompts" in told(tmp_path / name)
+        with pytest.raises(SoftguardError, match="holds no prompts"):
+            list(read_rows(str(tmp_path / name)))
     import pyarrow
 
     schema = pyarrow.schema([("prompt", pyarrow.string())])
