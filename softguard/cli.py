@@ -175,7 +175,7 @@ def _teach(options: argparse.Namespace) -> None:
 
     system, base = _system(recipe), _base(recipe)
     if options.dry_run:
-        print(teach_plan(recipe, base))
+        print(teach_plan(recipe, options.out, base, system))
         return
     with Bars() as bars:
         corpus = teach(recipe, options.out, base, system, bars)
@@ -324,7 +324,7 @@ def _demo(options: argparse.Namespace) -> None:
     recipe = demo_recipe(options.recipe, options.overrides)
     system, base = _system(recipe), _base(recipe)
     if options.dry_run:
-        print(demo_plan(recipe, base))
+        print(demo_plan(recipe, options.out, base, system))
         return
     print(demo(recipe, options.out, base, system))
 

@@ -194,8 +194,44 @@ def teach(
     prompts, a failing guard (shards finished so far stay and are not drawn again), a full disk, a damaged shard, or a folder
     that holds another recipe's corpus.
     """
+    engine, sources = Engine(base), _sources(recipe)
+    totals = check_teaching(recipe, out, engine, system)
+    teacher = _teacher(recipe, base, system)
+    known = _known_shards(out, teacher)
+    if not known:
+        write_json(out / "manifest.json", {**teacher, "fingerprint": None})
+    shards: dict[str, list[str]] = {}
+    prompts: dict[str, int] = {}
+    for split, source in sources.items():
+
+        def told(stage: str, done: int, split: str = split) -> None:
+            progress(f"{stage} {split}", done, totals[split])
+
+        made = list(_draw_split(recipe, *source, out / split, engine, system, known.get(split, []), told))
+        shards[split], prompts[split] = [shard.digest for shard in made], sum(shard.prompts for shard in made)
+    identity = fingerprint(teacher["settings"], shards)
+    write_json(out / "manifest.json", {**teacher, "fingerprint": identity, "prompts": prompts, "shards": shards})
+    return Corpus.open(out, base)
+
+
+def check_teaching(recipe: Recipe, out: Path, engine: Engine, system: SafeSystem) -> dict[str, int]:
+    """How many prompts each split has; all are read, so that a bad one is found before hours are spent.
+
+    Raises SoftguardError naming the place of a malformed prompt, or of one too long for the model, a model whose caches are not
+    kept, or a folder that holds another recipe's corpus. Nothing is written.
+    """
+    _known_shards(out, _teacher(recipe, engine.base, system))
+    if recipe.teach.keep_caches:
+        engine.caches([])  # fails for a model they are not kept of
+    return {
+        split: _count(source, limit, recipe.teach.max_new_tokens, engine) for split, (source, limit) in _sources(recipe).items()
+    }
+
+
+def _teacher(recipe: Recipe, base: BaseModel, system: SafeSystem) -> dict[str, Any]:
+    """What a manifest says of all but the shards."""
     template = Chat(base.tokenizer).fingerprint
-    teacher = {
+    return {
         "version": VERSION,
         "model": base.name,
         "base": base.fingerprint,
@@ -218,43 +254,19 @@ def teach(
         "precision": base.precision,
         "shard_size": recipe.teach.shard_size,
     }
-    if (out / "manifest.json").is_file():
-        found = read_json(out / "manifest.json", "corpus")
-        for key in ("version", "base", "template", "precision", "settings"):
-            if found.get(key) != teacher[key]:
-                raise SoftguardError(
-                    f"{out} holds a corpus made with other settings ({key} differs); choose another --out or remove it"
-                )
-        known = found.get("shards") or {}
-    else:
-        known = {}
-        write_json(out / "manifest.json", {**teacher, "fingerprint": None})
-    engine, sources = Engine(base), _sources(recipe)
-    totals = check_prompts(recipe, engine)
-    if recipe.teach.keep_caches:
-        engine.caches([])  # fails for a model they are not kept of, before anything is drawn
-    shards: dict[str, list[str]] = {}
-    prompts: dict[str, int] = {}
-    for split, source in sources.items():
-
-        def told(stage: str, done: int, split: str = split) -> None:
-            progress(f"{stage} {split}", done, totals[split])
-
-        made = list(_draw_split(recipe, *source, out / split, engine, system, known.get(split, []), told))
-        shards[split], prompts[split] = [shard.digest for shard in made], sum(shard.prompts for shard in made)
-    identity = fingerprint(teacher["settings"], shards)
-    write_json(out / "manifest.json", {**teacher, "fingerprint": identity, "prompts": prompts, "shards": shards})
-    return Corpus.open(out, base)
 
 
-def check_prompts(recipe: Recipe, engine: Engine) -> dict[str, int]:
-    """How many prompts each split has: a first pass over all, so that a bad one is found before hours are spent.
-
-    Raises SoftguardError naming the place of a malformed prompt, or of one too long for the model.
-    """
-    return {
-        split: _count(source, limit, recipe.teach.max_new_tokens, engine) for split, (source, limit) in _sources(recipe).items()
-    }
+def _known_shards(out: Path, teacher: dict[str, Any]) -> dict[str, list[str]]:
+    """Digests of the shards of each split of a finished corpus. Raises SoftguardError if `out` holds another teacher's."""
+    if not (out / "manifest.json").is_file():
+        return {}
+    found = read_json(out / "manifest.json", "corpus")
+    for key in ("version", "base", "template", "precision", "settings"):
+        if found.get(key) != teacher[key]:
+            raise SoftguardError(
+                f"{out} holds a corpus made with other settings ({key} differs); choose another --out or remove it"
+            )
+    return found.get("shards") or {}
 
 
 def _sources(recipe: Recipe) -> dict[str, tuple[str, int]]:

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from softguard.config import Recipe, dump_recipe, load_recipe
-from softguard.corpus import check_prompts, teach
+from softguard.corpus import check_teaching, teach
 from softguard.distill import distil, steps_of
 from softguard.engine import Engine
 from softguard.evaluation import evaluate
@@ -23,9 +23,9 @@ def demo_recipe(path: Path | None, overrides: Sequence[str]) -> Recipe:
     return load_recipe(path or Path(str(resources.files("softguard") / "data" / "demo.yaml")), overrides)
 
 
-def demo_plan(recipe: Recipe, base: BaseModel) -> str:
+def demo_plan(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -> str:
     """What the demo would do. Reads and checks all prompts and suites."""
-    counts = check_prompts(recipe, Engine(base))
+    counts = check_teaching(recipe, out / "corpus", Engine(base), system)
     suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
     return (
         f"demo: teach on {counts['train']:,} prompts of {recipe.teach.prompts}, distil {steps_of(recipe)} steps, "

@@ -5,19 +5,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from softguard.config import Recipe
-from softguard.corpus import Corpus, check_prompts
+from softguard.corpus import Corpus, check_teaching
 from softguard.distill import check_corpus, steps_of, time_step
 from softguard.engine import Engine
 from softguard.models import BaseModel
 from softguard.prompts import read_prompts, thin
 from softguard.suites import load_suites
+from softguard.system import SafeSystem
 
 _SAMPLE = 16  # prompts
 
 
-def teach_plan(recipe: Recipe, base: BaseModel) -> str:
-    """What `teach` would draw and roughly how long it would take. Reads and checks all prompts."""
-    check_prompts(recipe, Engine(base))
+def teach_plan(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -> str:
+    """What `teach` would draw and roughly how long it would take. Checks what `teach` does."""
+    check_teaching(recipe, out, Engine(base), system)
     wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
     texts = [[prompt.text for prompt in read_prompts(source, limit)] for source, limit in wanted]
     count = sum(map(len, texts)) * recipe.teach.responses

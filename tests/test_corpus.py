@@ -104,7 +104,7 @@ def test_caches_of_a_model_that_transformers_runs_are_refused(
     monkeypatch.setattr(frozen, "is_plain", lambda decoder: False)
     with pytest.raises(SoftguardError, match=r"leave teach\.keep_caches out"):
         make(prompts, tmp_path / "corpus", small, "teach.keep_caches=true")
-    assert not list((tmp_path / "corpus").glob("train/*"))
+    assert not (tmp_path / "corpus").exists()
 
 
 def test_hidden_states_are_kept_on_demand_only(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
@@ -193,6 +193,20 @@ def test_a_malformed_prompt_is_found_before_anything_is_drawn(
     prompts.write_text(prompts.read_text() + '{"prompt": ""}\n')
     with pytest.raises(SoftguardError, match="41: the prompt is empty"):
         make(prompts, tmp_path / "corpus", small)
+
+
+def test_what_is_refused_before_anything_is_drawn_leaves_nothing(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    out = tmp_path / "new" / "corpus"
+    for change, words in (
+        ("teach.prompts=missing.jsonl", r"missing\.jsonl does not exist"),
+        (f"teach.validation={empty}", r"empty\.jsonl holds no prompts"),
+        ("teach.max_new_tokens=600", "exceeds the model's context"),
+    ):
+        with pytest.raises(SoftguardError, match=words):
+            make(prompts, out, small, change)
+    assert not out.parent.exists()
 
 
 _MEASURE = """
