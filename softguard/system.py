@@ -35,9 +35,14 @@ class SafeSystem:
 
     @classmethod
     def from_config(cls, config: SystemConfig, guard: Guard | None = None) -> "SafeSystem":
-        """The system a recipe describes; `guard` replaces the one it names."""
+        """The system a recipe describes; `guard` replaces the one it names.
+
+        Raises SoftguardError if there is no such guard, or for a policy whose functions cannot be imported or whose guard
+        names no categories.
+        """
         system = cls(guard or load_guard(config.guard), config)
-        system.policy  # noqa: B018 (a function that cannot be imported is told now)
+        if system.policy:
+            categories(system.guard, config.mode, ["Hello"], ["Hello"])  # some guards tell that they name none when asked
         return system
 
     @cached_property

@@ -113,7 +113,14 @@ def test_without_a_policy_nobody_is_asked_for_categories() -> None:
 
 def test_a_policy_needs_a_guard_that_names_categories() -> None:
     with pytest.raises(SoftguardError, match=r"names no categories of a prompt, which system\.policy needs"):
-        system(policy=POLICY).answer(PROMPTS, ANSWERS)
+        system(policy=POLICY)
+
+    class Silent(guards_for_tests.ByCategory):
+        def prompt_categories(self, prompts: object) -> list[str]:
+            raise SoftguardError("guard 'silent' names no categories")
+
+    with pytest.raises(SoftguardError, match="'silent' names no categories"):
+        SafeSystem.from_config(SystemConfig(policy=POLICY), Silent())
 
 
 @pytest.mark.parametrize("named", [["weapons"], ["weapons", None], None, ["a", "b", "c"]])
