@@ -214,17 +214,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     from softguard.adapters import Adapter
     from softguard.estimate import evaluate_plan
     from softguard.evaluation import evaluate
-    from softguard.judges import load_judge
+    from softguard.judges import load_judges
     from softguard.progress import Bars
     from softguard.report import table
     from softguard.suites import load_suites
 
     load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)  # before the model is loaded for nothing
-    judges = [load_judge(spec) for spec in (recipe.evaluate.judge, *recipe.evaluate.other_judges)]
+    judges = load_judges(recipe.evaluate)
     system, base = _system(recipe), _base(recipe)
     adapter = Adapter.load(options.adapter, base) if options.adapter else None
     if options.dry_run:
-        print(evaluate_plan(recipe, base, adapter is not None))
+        print(evaluate_plan(recipe, options.out, base, system, adapter, judges))
         return
     with Bars() as bars:
         results = evaluate(recipe, options.out, base, system, adapter, judges, bars)

@@ -28,7 +28,7 @@ from softguard.config import Recipe, fingerprint
 from softguard.divergences import P_SAFE_RANGE
 from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
-from softguard.files import read_json, write_file, write_json
+from softguard.files import check_folder, read_json, write_file, write_json
 from softguard.models import BaseModel
 from softguard.prompts import Prompt, read_prompts, read_rows
 from softguard.system import SafeSystem
@@ -218,8 +218,9 @@ def check_teaching(recipe: Recipe, out: Path, engine: Engine, system: SafeSystem
     """How many prompts each split has; all are read, so that a bad one is found before hours are spent.
 
     Raises SoftguardError naming the place of a malformed prompt, or of one too long for the model, a model whose caches are not
-    kept, or a folder that holds another recipe's corpus. Nothing is written.
+    kept, or a folder that cannot be written or holds another recipe's corpus. Nothing is written.
     """
+    check_folder(out)
     _known_shards(out, _teacher(recipe, engine.base, system))
     if recipe.teach.keep_caches:
         engine.caches([])  # fails for a model they are not kept of

@@ -1,16 +1,19 @@
 """How long a command would take, from one small timed sample of its own work on this machine."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from softguard.adapters import Adapter
 from softguard.config import Recipe
 from softguard.corpus import Corpus, check_teaching
 from softguard.distill import check_corpus, steps_of, time_step
 from softguard.engine import Engine
+from softguard.evaluation import check_evaluation
+from softguard.judges import GuardJudge, Judge
 from softguard.models import BaseModel
 from softguard.prompts import read_prompts, thin
-from softguard.suites import load_suites
 from softguard.system import SafeSystem
 
 _SAMPLE = 16  # prompts
@@ -49,12 +52,19 @@ def _adapter(recipe: Recipe) -> str:
     return f"{wanted.adapter} {size}".strip()
 
 
-def evaluate_plan(recipe: Recipe, base: BaseModel, adapted: bool) -> str:
-    """What `evaluate` would measure and roughly how long it would take."""
-    suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
+def evaluate_plan(
+    recipe: Recipe,
+    out: Path,
+    base: BaseModel,
+    system: SafeSystem,
+    adapter: Adapter | None,
+    judges: Sequence[Judge | GuardJudge],
+) -> str:
+    """What `evaluate` would measure and roughly how long it would take. Raises SoftguardError as `check_evaluation` does."""
+    suites = check_evaluation(recipe, out, system, adapter, judges)
     texts = [text for suite in suites for text in suite.prompts]
-    seconds = generation_seconds(base, texts, recipe.evaluate.max_new_tokens) * len(texts) * (1 + adapted)
-    systems = "base, safe system and distilled model" if adapted else "base and safe system"
+    seconds = generation_seconds(base, texts, recipe.evaluate.max_new_tokens) * len(texts) * (2 if adapter else 1)
+    systems = "base, safe system and distilled model" if adapter else "base and safe system"
     parts = ", ".join(f"{suite.name} ({len(suite.prompts):,})" for suite in suites)
     return f"evaluate: {systems} on {parts}; about {minutes(seconds)}"
 

@@ -36,8 +36,8 @@ from softguard.cost import Cost, measure_cost, versions
 from softguard.drift import measure_drift, mixture_drift
 from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
-from softguard.files import read_json, write_json
-from softguard.judges import GuardJudge, Judge, declines, load_judge
+from softguard.files import check_folder, read_json, write_json
+from softguard.judges import GuardJudge, Judge, declines, load_judges
 from softguard.models import BaseModel
 from softguard.prefix import constant_prefix
 from softguard.scoring import likeliest
@@ -119,19 +119,11 @@ def evaluate(
 
     `judges`: the one whose word counts and those beside it; left out, the recipe's.
     `progress` is told the stage, how many prompts were just done and how many there are. Raises SoftguardError for an unusable
-    suite, judges of one name, a failing guard or a full disk; answers finished so far are kept.
+    suite, judges of one name, an adapter of another guard, a failing guard, or a folder that cannot be written; answers
+    finished so far are kept.
     """
-    suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
-    judge, *others = judges or [load_judge(spec) for spec in (recipe.evaluate.judge, *recipe.evaluate.other_judges)]
-    names = [judge.name, *(other.name for other in others)]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise SoftguardError(f"two judges are called {twice[0]}, so that their figures cannot be told apart; leave one out")
-    asked = system.guard.fingerprint
-    if adapter is not None and (taught := adapter.facts.get("guard_fingerprint", asked)) != asked:
-        raise SoftguardError(
-            f"the adapter was distilled from a system with guard {adapter.facts.get('guard')!r} ({taught[:16]}), not "
-            f"{system.guard.name!r} ({asked[:16]}), whose safety gap is another; give the former as system.guard"
-        )
+    judge, *others = judges or load_judges(recipe.evaluate)
+    suites = check_evaluation(recipe, out, system, adapter, [judge, *others])
     run = _Run(recipe, out, base, system, adapter, progress)
     rows: list[Row] = []
     answers: dict[System, dict[str, list[str]]] = {name: {} for name in run.systems}
@@ -166,6 +158,23 @@ def evaluate(
     write_json(out / "outcomes.json", {"outcomes": [outcomes._asdict() for outcomes in results.outcomes]})
     write_json(out / "results.json", results.contract())
     return results
+
+
+def check_evaluation(
+    recipe: Recipe, out: Path, system: SafeSystem, adapter: Adapter | None, judges: Sequence[Judge | GuardJudge]
+) -> list[Suite]:
+    """The recipe's suites. Raises SoftguardError, as `evaluate` does, for what can be told before anything is answered."""
+    names = [judge.name for judge in judges]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SoftguardError(f"two judges are called {twice[0]}, so that their figures cannot be told apart; leave one out")
+    asked = system.guard.fingerprint
+    if adapter is not None and (taught := adapter.facts.get("guard_fingerprint", asked)) != asked:
+        raise SoftguardError(
+            f"the adapter was distilled from a system with guard {adapter.facts.get('guard')!r} ({taught[:16]}), not "
+            f"{system.guard.name!r} ({asked[:16]}), whose safety gap is another; give the former as system.guard"
+        )
+    check_folder(out)
+    return load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
 
 
 class _Run:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -52,6 +51,15 @@ def _hold(handle: IO[bytes], beside: Path, path: Path) -> None:
         raise SoftguardError(f"{path} is being written by another process; let that one end, or choose another folder")
 
 
+def check_folder(folder: Path) -> None:
+    """Raises SoftguardError unless `folder` can be written, or made where it is missing. Nothing is made."""
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise SoftguardError(f"{there} is not a folder, so that nothing can be written to it; choose another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SoftguardError(f"{there} cannot be written; choose another --out")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     write_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
@@ -60,27 +68,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def check_folder(folder: Path) -> None:
-    """Try whether files can be written in `folder`, which need not be there; leaves nothing behind.
-
-    Raises SoftguardError if not, so that it is told before hours of work instead of after them.
-    """
-    made: list[Path] = []
-    try:
-        for part in (*reversed(folder.parents), folder):
-            if not part.exists():
-                part.mkdir()
-                made.append(part)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise SoftguardError(f"{folder} could not be written ({error.strerror or error}); choose another folder") from error
-    finally:
-        for part in reversed(made):
-            with contextlib.suppress(OSError):  # another process has put something there
-                part.rmdir()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from softguard.card import Card, read_card, write_with_card
+from softguard.config import EvaluateConfig
 from softguard.errors import SoftguardError
 from softguard.guards import Guard, Probabilities, load_guard, response_safety
 
@@ -279,6 +280,11 @@ class GuardJudge:
         """Whether each response to each prompt is safe, bool (pairs,). Raises SoftguardError if the guard fails."""
         limit = float(getattr(self.guard, "response_threshold", 0.5))
         return np.asarray(response_safety(self.guard, prompts, responses) >= limit, dtype=np.bool_)
+
+
+def load_judges(config: EvaluateConfig) -> list[Judge | GuardJudge]:
+    """Those of a recipe, the one whose word counts first. Raises SoftguardError if there is no such judge."""
+    return [load_judge(spec) for spec in (config.judge, *config.other_judges)]
 
 
 def load_judge(spec: str) -> Judge | GuardJudge:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import pytest
 from softguard.cli import main
 from softguard.conversation import converse
 from softguard.errors import SoftguardError
+from softguard.models import BaseModel
 from tests.commands import ROOT, softguard
+from tests.references import random_adapter
 
 GUARD = "system.guard=tests.guards_for_tests:by_word"
 
@@ -282,9 +285,33 @@ def test_a_dry_run_of_the_demo_checks_everything(
     assert words in refused(capsys, "demo", "--dry-run", "--out", tmp_path / "demo", *settings)
 
 
-def test_a_dry_run_finds_the_judge_missing(small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["--set", f"model.name={small_folder}", "--set", "evaluate.judge=no.such:judge"]
-    assert "cannot be imported" in refused(capsys, "evaluate", "--dry-run", "--out", tmp_path / "out", *settings)
+def test_a_dry_run_of_evaluate_checks_everything(
+    small: BaseModel, small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*arguments: object, out: str = "out") -> str:
+        common = ["--set", f"model.name={small_folder}", "--set", GUARD]
+        return refused(capsys, "evaluate", "--dry-run", "--out", tmp_path / out, *common, *arguments)
+
+    assert "cannot be imported" in told("--set", "evaluate.judge=no.such:judge")
+    assert "two judges are called" in told("--set", "evaluate.other_judges=[bundled]")
+    (tmp_path / "file").touch()
+    assert "file is not a folder" in told(out="file")
+    replace(random_adapter(small, "gate"), facts={"guard": "another", "guard_fingerprint": "0"}).save(tmp_path / "gate", small)
+    assert "was distilled from a system with guard 'another'" in told("--adapter", tmp_path / "gate")
+
+
+def test_a_dry_run_of_teach_checks_everything(
+    asked: Path, small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*settings: str, out: str = "out") -> str:
+        return refused(capsys, "teach", "--dry-run", "--out", tmp_path / out, *options(asked, small_folder, *settings))
+
+    assert "names no categories" in told("system.policy={S1: {action: keep}}")
+    assert "does not exist" in told("teach.prompts=missing.jsonl")
+    (tmp_path / "file").touch()
+    assert "file is not a folder" in told(out="file")
+    assert main(["teach", "--out", str(tmp_path / "out"), *options(asked, small_folder)]) == 0
+    assert "other settings" in told("seed=1")
 
 
 def test_a_demo_of_other_settings_leaves_the_first_alone(

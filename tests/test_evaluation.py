@@ -301,3 +301,15 @@ def test_two_judges_of_one_name_are_refused(recipe: Recipe, tmp_path: Path, smal
     twice = replace(wanted, evaluate=replace(wanted.evaluate, other_judges=("tests.guards_for_tests:half",)))
     with pytest.raises(SoftguardError, match=r"two judges are called .*:half"):
         evaluate(twice, tmp_path / "out", small, SafeSystem.from_config(twice.system))
+
+
+def test_a_file_in_the_folders_place_is_told_before_anything_is_answered(
+    recipe: Recipe, tmp_path: Path, small: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unexpected(*_: object, **__: object) -> None:
+        raise AssertionError("answered before the folder was checked")
+
+    monkeypatch.setattr(Engine, "generate", unexpected)
+    (tmp_path / "out").touch()
+    with pytest.raises(SoftguardError, match=r"out is not a folder"):
+        run(recipe, tmp_path / "out", small)

@@ -85,20 +85,18 @@ def test_a_file_in_the_folders_place_is_told(tmp_path: Path) -> None:
         write_text(tmp_path / "a" / "b.txt", "text")
 
 
-def test_a_folder_that_files_can_be_written_in_is_left_as_it_was(tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "a").write_text("kept")
-    for name in (".", "old", "new", "old/new/newer"):
-        check_folder(tmp_path / name)
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["old", "old/a"]
-
-
-@pytest.mark.parametrize("name", ["a", "a/b", "a/b/c", "new/" + "x" * 300])
-def test_a_folder_that_cannot_be_is_told_and_nothing_is_left(name: str, tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("in the way")
-    with pytest.raises(SoftguardError, match=r"could not be written \(.*\); choose another folder"):
-        check_folder(tmp_path / name)
-    assert os.listdir(tmp_path) == ["a"]
+def test_a_folder_is_checked_before_it_is_needed_and_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_folder(tmp_path)
+    check_folder(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in (tmp_path / "file", tmp_path / "file" / "folder", tmp_path / "link"):
+        with pytest.raises(SoftguardError, match=r"(file|link) is not a folder.*choose another --out"):
+            check_folder(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # permissions do not bind those who may do all
+    with pytest.raises(SoftguardError, match=rf"^{tmp_path} cannot be written"):
+        check_folder(tmp_path / "new")
 
 
 def test_a_name_too_long_is_told(tmp_path: Path) -> None:
