@@ -194,7 +194,7 @@ def _distil(options: argparse.Namespace) -> None:
     base = _base(recipe)
     corpus = Corpus.open(options.corpus, base)
     if options.dry_run:
-        print(distil_plan(recipe, corpus, base))
+        print(distil_plan(recipe, corpus, options.out, base))
         return
     with ExitStack() as open_:
         listeners: list[Callable[[Step], None]] = [open_.enter_context(Steps(recipe.distil.steps))]

@@ -22,7 +22,7 @@ from softguard.chat import Chat
 from softguard.config import Recipe, fingerprint
 from softguard.corpus import Corpus, Example
 from softguard.errors import DivergedError, SoftguardError
-from softguard.files import read_json, write_file, write_json, write_text
+from softguard.files import check_folder, read_json, write_file, write_json, write_text
 from softguard.guards import Guard, load_guard
 from softguard.initial import initial_adapter
 from softguard.models import BaseModel
@@ -31,6 +31,7 @@ from softguard.passes import Passes, Probe, token_scale
 from softguard.prompts import thin
 from softguard.rollouts import ON_POLICY, Rollouts, draw, losses
 
+_ONE_REFUSAL = "and a gate says one refusal; choose another distil.adapter, such as kv_prefix"
 _CONTRAST = 64  # prompts of each sort whose difference a steering vector starts from
 _VALUE_RATE = 1e-3  # learning rate of ppo's value head
 
@@ -61,13 +62,11 @@ def distil(
     Every line of `out/log.jsonl` is also given to `progress`. `guard`: instead of the recipe's, for objectives that ask it
     while they train. Under `accelerate launch` every process takes a share of each batch. A text, and with distil.steps 0 any
     adapter, is saved as it starts.
-    Raises SoftguardError if the corpus is another model's or lacks the responses the adapter learns from, `out` holds another
-    recipe's run, or the guard fails, and DivergedError if the loss is no longer finite.
+    Raises SoftguardError as `check_distil` does, or if the corpus is another model's or lacks the responses the adapter learns
+    from, `out` holds another recipe's run, or the guard fails, and DivergedError if the loss is no longer finite.
     """
     corpus = Corpus.open(corpus.folder, base)
-    check_corpus(recipe, corpus)
-    if (out / "softguard.json").is_file():
-        _check_run(read_json(out / "softguard.json", "adapter").get("settings"), _settings(recipe, corpus, base), out)
+    _check(recipe, corpus, out, base)
     if steps_of(recipe):
         return _Trainer(recipe, corpus, out, base, guard).run(progress)
     from accelerate import PartialState
@@ -85,17 +84,49 @@ def steps_of(recipe: Recipe) -> int:
     return 0 if recipe.distil.adapter == "text" else recipe.distil.steps
 
 
-def check_corpus(recipe: Recipe, corpus: Corpus) -> None:
-    """Raises SoftguardError if the corpus lacks the responses that the recipe's adapter learns from."""
-    if steps_of(recipe) and recipe.distil.adapter != "gate" and not corpus.examples("train", [0])[0].responses[0].ids:
+def check_distil(recipe: Recipe, out: Path, base: BaseModel) -> None:
+    """What can be told before there is a corpus.
+
+    Raises SoftguardError for an unknown objective, one that a gate cannot learn, an adapter that the model cannot start, or a
+    folder that cannot be written.
+    """
+    check_folder(out)
+    wanted = recipe.distil
+    if steps_of(recipe):
+        if wanted.objective not in ON_POLICY:
+            find_objective(wanted.objective, ON_POLICY)
+        if wanted.adapter == "gate":
+            _check_gate(recipe)
+    if wanted.adapter != "steering":  # which starts from the corpus
+        initial_adapter(base, wanted, [], [])
+
+
+def _check(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> None:
+    """Raises SoftguardError as `check_distil` does, for a corpus the adapter cannot learn from, or another run's folder."""
+    check_distil(recipe, out, base)
+    adapter = recipe.distil.adapter
+    if steps_of(recipe) and adapter != "gate" and not corpus.examples("train", [0])[0].responses[0].ids:
         raise SoftguardError(
-            f"corpus {corpus.folder} holds no responses, which a {recipe.distil.adapter} learns from; teach again with "
-            "teach.max_new_tokens above 0"
+            f"corpus {corpus.folder} holds no responses, which a {adapter} learns from; teach again with teach.max_new_tokens "
+            "above 0"
         )
+    if steps_of(recipe) and adapter == "gate" and corpus.manifest["policy"]:
+        raise SoftguardError(f"corpus {corpus.folder} was taught with a system.policy {_ONE_REFUSAL}")
+    for name, what in (("softguard.json", "adapter"), ("checkpoint/state.json", "checkpoint")):
+        if (out / name).is_file() and read_json(out / name, what).get("settings") != _settings(recipe, corpus, base):
+            raise SoftguardError(
+                f"{out} holds a run with other settings, model, precision or corpus; choose another --out or remove it"
+            )
 
 
 def time_step(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> float:
-    """Seconds one training step takes, measured on the second of two; nothing is written."""
+    """Seconds one training step takes, measured on the second of two; 0 where there are none. Nothing is written.
+
+    Raises SoftguardError as `distil` does.
+    """
+    _check(recipe, corpus, out, base)
+    if not steps_of(recipe):
+        return 0.0
     trainer = _Trainer(recipe, corpus, out, base)
     batches = _batches(corpus.refusal_rates("train"), recipe.distil.batch_size, recipe.seed)
     trainer._train_step(*next(batches))
@@ -119,13 +150,6 @@ def _start(recipe: Recipe, corpus: Corpus, base: BaseModel) -> Adapter:
     return initial_adapter(base, recipe.distil, refused, kept, recipe.seed)
 
 
-def _check_run(found: Any, settings: str, out: Path) -> None:
-    if found != settings:
-        raise SoftguardError(
-            f"{out} holds a run with other settings, model, precision or corpus; choose another --out or remove it"
-        )
-
-
 def _settings(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
     return fingerprint(base.fingerprint, corpus.fingerprint, recipe.distil, recipe.system, recipe.seed, base.precision)
 
@@ -145,7 +169,7 @@ def _facts(recipe: Recipe, corpus: Corpus, base: BaseModel) -> dict[str, Any]:
     }
 
 
-def _check_gate(recipe: Recipe, corpus: Corpus) -> None:
+def _check_gate(recipe: Recipe) -> None:
     """Raises SoftguardError for what a gate cannot learn."""
     objective, drift_weight = recipe.distil.objective, recipe.distil.drift_weight
     if objective != "tv" or drift_weight is not None:
@@ -153,9 +177,8 @@ def _check_gate(recipe: Recipe, corpus: Corpus) -> None:
             f"distil.objective is {objective} and distil.drift_weight {drift_weight}; a gate is |U − g| away from the system "
             "by any divergence: leave both out, or choose another distil.adapter, such as kv_prefix"
         )
-    if recipe.system.policy or corpus.manifest["policy"]:
-        where = "system.policy is set" if recipe.system.policy else f"corpus {corpus.folder} was taught with a system.policy"
-        raise SoftguardError(f"{where} and a gate says one refusal; choose another distil.adapter, such as kv_prefix")
+    if recipe.system.policy:
+        raise SoftguardError(f"system.policy is set {_ONE_REFUSAL}")
 
 
 class _Trainer:
@@ -175,8 +198,6 @@ class _Trainer:
                 )
         else:
             self.objective = find_objective(self.config.objective, ON_POLICY)
-        if self.config.adapter == "gate":
-            _check_gate(recipe, corpus)
         self.safe_weight, self.drift_weight = self.config.weights
         self.accelerator = Accelerator(cpu=base.device.type == "cpu")
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -379,7 +400,6 @@ class _Trainer:
         if not (folder / "state.json").is_file():
             return
         state = read_json(folder / "state.json", "checkpoint")
-        _check_run(state["settings"], self.settings, self.out)
         try:
             tensors = load((folder / state["tensors"]).read_bytes())
             lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()

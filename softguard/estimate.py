@@ -3,12 +3,11 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from softguard.adapters import Adapter
 from softguard.config import Recipe
 from softguard.corpus import Corpus, check_teaching
-from softguard.distill import check_corpus, steps_of, time_step
+from softguard.distill import steps_of, time_step
 from softguard.engine import Engine
 from softguard.evaluation import check_evaluation
 from softguard.judges import GuardJudge, Judge
@@ -33,12 +32,10 @@ def teach_plan(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -
     )
 
 
-def distil_plan(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
-    """What `distil` would train and roughly how long it would take."""
-    check_corpus(recipe, corpus)
+def distil_plan(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> str:
+    """What `distil` would train and roughly how long it would take. Checks what `distil` does."""
     steps = steps_of(recipe)
-    with TemporaryDirectory() as folder:
-        seconds = time_step(recipe, corpus, Path(folder), base) * steps if steps else 0.0
+    seconds = time_step(recipe, corpus, out, base) * steps
     return (
         f"distil: {steps} steps of {recipe.distil.batch_size} prompts from a corpus of "
         f"{corpus.size('train'):,}, objective {recipe.distil.objective}, {_adapter(recipe)}; about {minutes(seconds)}"

@@ -314,6 +314,22 @@ def test_a_dry_run_of_teach_checks_everything(
     assert "other settings" in told("seed=1")
 
 
+def test_a_dry_run_of_distil_checks_everything(
+    asked: Path, small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus, adapter = tmp_path / "corpus", tmp_path / "adapter"
+    assert main(["teach", "--out", str(corpus), *options(asked, small_folder)]) == 0
+    assert main(["distil", "--corpus", str(corpus), "--out", str(adapter), *options(asked, small_folder)]) == 0
+    (tmp_path / "file").touch()
+    for out, changes, words in (
+        (adapter, ["distil.steps=4"], "other settings"),
+        (tmp_path / "file", [], "file is not a folder"),
+        (tmp_path / "new", ["distil.steps=0", "distil.init_text=''"], "init_text is empty"),
+    ):
+        command = ("distil", "--dry-run", "--corpus", corpus, "--out", out, *options(asked, small_folder, *changes))
+        assert words in refused(capsys, *command)
+
+
 def test_a_demo_of_other_settings_leaves_the_first_alone(
     asked: Path, small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.config import Recipe, load_recipe
 from softguard.corpus import Corpus, Draw, Example, teach
-from softguard.distill import _batches, _Trainer, distil, time_step
+from softguard.distill import _batches, _Trainer, check_distil, distil, time_step
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel, load_base
@@ -341,6 +341,31 @@ def test_what_a_gate_cannot_learn_is_told_before_training(
 ) -> None:
     with pytest.raises(SoftguardError, match=r"gate.*choose another distil\.adapter, such as kv_prefix"):
         distil(recipe(prompts, "distil.adapter=gate", change), corpus, tmp_path, small)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["distil.objective=hinge"], "objective 'hinge' is unknown"),
+        (["distil.adapter=gate", "distil.objective=kl"], "distil.objective is kl"),
+        (["distil.adapter=gate", "system.policy.medicine.refusal=Ask a doctor."], "system.policy is set"),
+        (["distil.init_text=''"], "init_text is empty"),
+        (["distil.adapter=lora", "distil.budget=1"], "distil.budget is 1"),
+    ],
+)
+def test_what_needs_no_corpus_to_be_told_is_told_without_one(
+    changes: list[str], words: str, prompts: Path, small: BaseModel, tmp_path: Path
+) -> None:
+    with pytest.raises(SoftguardError, match=words):
+        check_distil(recipe(prompts, *changes), tmp_path / "out", small)
+
+
+def test_a_gate_does_not_learn_from_a_corpus_taught_with_a_policy(prompts: Path, small: BaseModel, tmp_path: Path) -> None:
+    policy = ["system.guard=tests.guards_for_tests:by_category", "system.policy.medicine.action=keep"]
+    taught = recipe(prompts, *policy)
+    made = teach(taught, tmp_path / "corpus", small, SafeSystem.from_config(taught.system))
+    with pytest.raises(SoftguardError, match=r"was taught with a system\.policy and a gate says one refusal"):
+        distil(recipe(prompts, "distil.adapter=gate"), made, tmp_path / "out", small)
 
 
 def test_a_corpus_of_another_model_is_refused(prompts: Path, corpus: Corpus, base: BaseModel, tmp_path: Path) -> None:
