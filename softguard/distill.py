@@ -151,7 +151,8 @@ def _start(recipe: Recipe, corpus: Corpus, base: BaseModel) -> Adapter:
 
 
 def _settings(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
-    return fingerprint(base.fingerprint, corpus.fingerprint, recipe.distil, recipe.system, recipe.seed, base.precision)
+    drawn = [recipe.teach.max_new_tokens] if recipe.distil.objective in ON_POLICY else []  # of the student's own answers
+    return fingerprint(base.fingerprint, corpus.fingerprint, recipe.distil, recipe.system, recipe.seed, base.precision, *drawn)
 
 
 def _facts(recipe: Recipe, corpus: Corpus, base: BaseModel) -> dict[str, Any]:

@@ -313,6 +313,20 @@ def test_a_run_with_other_settings_in_the_same_folder_is_refused(
         distil(recipe(prompts), corpus, tmp_path, in_bfloat16)
 
 
+@pytest.mark.parametrize("objective", ["reinforce", "tv"])
+def test_only_a_run_that_draws_its_own_answers_is_another_with_longer_ones(
+    objective: str, prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    few = (f"distil.objective={objective}", "distil.steps=1")
+    distil(recipe(prompts, *few), corpus, tmp_path, small)
+    longer = recipe(prompts, *few, "teach.max_new_tokens=6")
+    if objective in ON_POLICY:
+        with pytest.raises(SoftguardError, match="other settings"):
+            distil(longer, corpus, tmp_path, small)
+    else:
+        distil(longer, corpus, tmp_path, small)
+
+
 def test_a_finished_run_is_not_trained_again(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
     first = distil(recipe(prompts), corpus, tmp_path, small)
     told: list[int] = []
