@@ -7,14 +7,14 @@ from pathlib import Path
 
 from softguard.config import Recipe, dump_recipe, load_recipe
 from softguard.corpus import check_teaching, teach
-from softguard.distill import distil, steps_of
+from softguard.distill import check_distil, distil, steps_of
 from softguard.engine import Engine
-from softguard.evaluation import evaluate
+from softguard.evaluation import check_evaluation, evaluate
 from softguard.files import write_text
+from softguard.judges import load_judges
 from softguard.models import BaseModel
 from softguard.progress import Bars, Steps
 from softguard.report import examples, table, write_report
-from softguard.suites import load_suites
 from softguard.system import SafeSystem
 
 
@@ -24,9 +24,10 @@ def demo_recipe(path: Path | None, overrides: Sequence[str]) -> Recipe:
 
 
 def demo_plan(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -> str:
-    """What the demo would do. Reads and checks all prompts and suites."""
+    """What the demo would do. Raises SoftguardError for all that its stages can tell before the first begins."""
+    suites = check_evaluation(recipe, out, system, None, load_judges(recipe.evaluate))
+    check_distil(recipe, out / "adapter", base)
     counts = check_teaching(recipe, out / "corpus", Engine(base), system)
-    suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
     return (
         f"demo: teach on {counts['train']:,} prompts of {recipe.teach.prompts}, distil {steps_of(recipe)} steps, "
         f"evaluate {', '.join(f'{suite.name} ({len(suite.prompts):,})' for suite in suites)} "
@@ -38,7 +39,9 @@ def demo(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -> str:
     """Run every stage into `out` and return what to print: the table and a few answers side by side.
 
     Leaves corpus/, adapter/, answers/, results.json, report.html, recipe.yaml and log.jsonl. Goes on where it was stopped.
+    Raises SoftguardError as `demo_plan` does, before anything is made, and as `teach`, `distil` and `evaluate` do.
     """
+    demo_plan(recipe, out, base, system)  # for what it raises
     with Bars() as bars:
         corpus = teach(recipe, out / "corpus", base, system, bars)
     with Steps(steps_of(recipe)) as steps:

@@ -276,13 +276,28 @@ def test_whatever_a_guard_does_is_one_line_and_exit_code_2(
         ("model.name=./nope", "does not exist"),
         ("model.device=banana", "model.device is 'banana'"),
         ("evaluate.suites=[bogus]", "suite 'bogus' is unknown"),
+        ("evaluate.judge=no.such:judge", "cannot be imported"),
+        ("evaluate.other_judges=[bundled]", "two judges are called"),
+        ("distil.objective=bogus", "objective 'bogus' is unknown"),
+        ("distil.objective=kl", "distil.objective is kl"),
+        ("distil.init_text=''", "init_text is empty"),
     ],
 )
-def test_a_dry_run_of_the_demo_checks_everything(
+def test_the_demo_checks_everything_before_its_first_stage(
     setting: str, words: str, small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ["--set", f"model.name={small_folder}", "--set", setting]
-    assert words in refused(capsys, "demo", "--dry-run", "--out", tmp_path / "demo", *settings)
+    for how in (["--dry-run"], []):
+        settings = ["--set", f"model.name={small_folder}", "--set", setting]
+        assert words in refused(capsys, "demo", *how, "--out", tmp_path / "demo", *settings)
+        assert not (tmp_path / "demo").exists()
+
+
+def test_the_demo_does_not_take_a_file_for_its_folder(
+    small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").touch()
+    settings = ["--set", f"model.name={small_folder}"]
+    assert "a.txt is not a folder" in refused(capsys, "demo", "--dry-run", "--out", tmp_path / "a.txt", *settings)
 
 
 def test_a_dry_run_of_evaluate_checks_everything(
