@@ -23,13 +23,28 @@ def teach_plan(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -
     check_teaching(recipe, out, Engine(base), system)
     wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
     texts = [[prompt.text for prompt in read_prompts(source, limit)] for source, limit in wanted]
-    count = sum(map(len, texts)) * recipe.teach.responses
-    seconds = generation_seconds(base, [text for part in texts for text in part], recipe.teach.max_new_tokens) * count
+    seconds = _teach_seconds(recipe, base, system, [text for part in texts for text in part])
     parts = " and ".join(f"{len(part):,} prompts of {source}" for part, (source, _) in zip(texts, wanted, strict=True))
     return (
         f"teach: draw {recipe.teach.responses} response(s) of up to {recipe.teach.max_new_tokens} tokens to {parts} from "
         f"{base.name}, score them with guard {recipe.system.guard} in {recipe.system.mode} mode; about {minutes(seconds)}"
     )
+
+
+def _teach_seconds(recipe: Recipe, base: BaseModel, system: SafeSystem, texts: list[str]) -> float:
+    """Seconds to draw and judge responses to `texts`, and to keep their caches where they are kept."""
+    engine, wanted = Engine(base), recipe.teach
+    sample = thin(texts, _SAMPLE)
+    begin = answered = end = 0.0
+    for few, new in ((sample[:2], min(wanted.max_new_tokens, 2)), (sample, wanted.max_new_tokens)):  # the first is slower
+        begin = time.perf_counter()
+        drawn = engine.generate(few, new)
+        system.judge(few, [response.text for response in drawn])
+        answered = time.perf_counter()
+        if wanted.keep_caches:
+            engine.caches(few)
+        end = time.perf_counter()
+    return ((answered - begin) * wanted.responses + end - answered) / len(sample) * len(texts)
 
 
 def distil_plan(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> str:
