@@ -61,8 +61,8 @@ def check_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
-    write_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    """Write `text` as UTF-8, whole or not at all; half a character, such as of a file's odd name, with a backslash."""
+    write_file(path, lambda beside: beside.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

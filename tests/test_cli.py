@@ -196,7 +196,7 @@ def test_guard_fit_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "data.jsonl:1" in refused(capsys, "guard", "fit", data, "--out", tmp_path / "guard")
     data.write_text('{"prompt": "x", "label": "benign"}\n')
     assert main(["guard", "fit", str(data), "--out", str(tmp_path / "guard"), "--dry-run"]) == 0
-    assert "could not be written" in refused(capsys, "guard", "fit", data, "--out", data / "guard", "--dry-run")
+    assert "data.jsonl is not a folder" in refused(capsys, "guard", "fit", data, "--out", data / "guard", "--dry-run")
     assert not (tmp_path / "guard").exists()
 
 

@@ -72,6 +72,11 @@ except SoftguardError as error:
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_a_name_that_is_not_utf_8_is_kept(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"name": os.fsdecode(b"caf\xe9")})
+    assert os.fsencode(read_json(tmp_path / "a.json", "note")["name"]) == b"caf\xe9"
+
+
 def test_a_folder_in_the_files_place_is_told(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(SoftguardError, match="a could not be written"):

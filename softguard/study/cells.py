@@ -26,7 +26,7 @@ from softguard.distill import distil
 from softguard.errors import DivergedError, SoftguardError
 from softguard.evaluation import evaluate
 from softguard.files import locked, read_json, write_json
-from softguard.judges import load_judge
+from softguard.judges import load_judges
 from softguard.models import BaseModel, load_base
 from softguard.study.grid import Arm, Cell, Grid
 from softguard.suites import load_suites
@@ -53,7 +53,7 @@ class Ground:
     def _asked(self) -> dict[str, str]:
         wanted = self.recipe.evaluate
         suites = [list(suite) for suite in load_suites(wanted.suites, wanted.split, wanted.limit)]
-        judges = [load_judge(spec).fingerprint for spec in (wanted.judge, *wanted.other_judges)]
+        judges = [judge.fingerprint for judge in load_judges(wanted)]
         return {"evaluation": evaluation_of(self.recipe), "asked": fingerprint(suites, judges)}
 
 
