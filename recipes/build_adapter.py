@@ -8,8 +8,10 @@ its recipe and card are written.
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from softguard.adapters import Adapter
 from softguard.config import dump_recipe, load_recipe
@@ -49,13 +51,19 @@ def main() -> None:
     if not options.measure:
         package(work / "adapter", FOLDER / name)
     changed = [change for change in options.overrides if not change.startswith("model.name=")]  # a path of this machine
-    write_text(FOLDER / name / "recipe.yaml", dump_recipe(load_recipe(options.recipe, changed)))
+    kept = load_recipe(options.recipe, changed)
+    write_text(FOLDER / name / "recipe.yaml", dump_recipe(kept))
     command = " ".join(["python recipes/build_adapter.py", str(options.recipe), *(f"--set {change}" for change in changed)])
-    write_json(FOLDER / name / "card.json", {"command": command, **results.contract()})
+    write_json(FOLDER / name / "card.json", rounded({"command": command, **results.contract(), "model": kept.model.name}))
     size = sum(path.stat().st_size for path in (FOLDER / name).iterdir())
     if size > _LIMIT:
         raise SystemExit(f"{FOLDER / name} holds {size:,} bytes, more than {_LIMIT:,}; lower distil.n_soft")
     print(f"{FOLDER / name}: {size:,} bytes")
+
+
+def rounded(value: Any) -> Any:
+    """JSON with six digits of every figure, more than any has a meaning of: a card counts among the adapter's bytes."""
+    return json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.6g}"))
 
 
 def package(trained: Path, out: Path) -> None:

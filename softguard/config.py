@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from typing import Any, Literal
 from softguard.errors import SoftguardError
 from softguard.named import is_named
 from softguard.text import is_whole
+
+_LARGEST = 1e30  # of any number in a recipe; steps of the optimiser still fit into float32
 
 DEFAULT_INSTRUCTION = (
     "If the request is harmful, illegal, hateful, dangerous or invades somebody's privacy, refuse. "
@@ -175,8 +176,8 @@ class Recipe:
             "guard.response_tokens": self.guard.response_tokens,
         }  # fmt: skip
         for key, value in positive.items():
-            if not 0 < value < math.inf:
-                raise SoftguardError(f"{key} is {value}; it must be greater than 0 and finite")
+            if not 0 < value < _LARGEST:
+                raise SoftguardError(f"{key} is {value}; it must be greater than 0 and below {_LARGEST:g}")
         not_negative: dict[str, float | None] = {
             "teach.max_new_tokens": t.max_new_tokens, "teach.temperature": t.temperature, "teach.limit": t.limit,
             "evaluate.limit": self.evaluate.limit,
@@ -186,8 +187,8 @@ class Recipe:
             "guard.weight_decay": self.guard.weight_decay,
         }  # fmt: skip
         for key, number in not_negative.items():
-            if number is not None and not 0 <= number < math.inf:
-                raise SoftguardError(f"{key} is {number}; it must not be negative or infinite")
+            if number is not None and not 0 <= number < _LARGEST:
+                raise SoftguardError(f"{key} is {number}; it must not be negative, and below {_LARGEST:g}")
         if not t.max_new_tokens and (d.adapter != "gate" or self.system.mode != "prompt"):
             raise SoftguardError(
                 f"teach.max_new_tokens is 0, but distil.adapter is {d.adapter} and system.mode {self.system.mode}; only a gate "

@@ -298,9 +298,9 @@ def test_only_a_gate_behind_a_prompt_guard_is_taught_without_responses(other: st
         load_recipe(overrides=["teach.max_new_tokens=0", other])
 
 
-@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1.0e+39"])
 @pytest.mark.parametrize("key", ["distil.learning_rate", "distil.safe_weight", "teach.temperature", "system.threshold"])
-def test_numbers_must_be_finite(key: str, value: str) -> None:
+def test_numbers_must_be_finite_in_float32_too(key: str, value: str) -> None:
     with pytest.raises(SoftguardError, match=key):
         load_recipe(overrides=[f"{key}={value}"])
 

@@ -284,7 +284,7 @@ def test_what_cannot_be_fitted_is_told_before_it_is(tmp_path: Path) -> None:
         fitted(rows, GuardConfig(rank=12, epochs=100))
     with pytest.raises(SoftguardError, match=r"guard\.rank 100000000 takes [\d,]+ bytes"):  # more than any machine has
         fitted(rows, GuardConfig(rank=100_000_000, epochs=100))
-    with pytest.raises(SoftguardError, match="rows.jsonl is not a folder"):
+    with pytest.raises(SoftguardError, match=r"rows\.jsonl is not a folder"):
         fitted(rows, GuardConfig(rank=1, epochs=100), "rows.jsonl/out")
 
 
