@@ -20,7 +20,7 @@ from softguard.errors import SoftguardError
 from softguard.named import is_named
 from softguard.text import is_whole
 
-_LARGEST = 1e30  # of any number in a recipe; steps of the optimiser still fit into float32
+_LARGEST = 1e36  # of any number in a recipe; steps of the optimiser still fit into float32
 
 DEFAULT_INSTRUCTION = (
     "If the request is harmful, illegal, hateful, dangerous or invades somebody's privacy, refuse. "
