@@ -77,7 +77,7 @@ def mixture_drift(
 
     `refusal`: ids of y_r; `log_odds`: (prompts,), of w. While an answer runs as y_r does, the next-token law is
     q_t = (1 − w_t)·p_t + w_t·1[y_t], and w_t, the probability that the refusal is meant after so much of it, has log-odds
-    log w − log(1 − w) − log p(y_<t|x). From where they part on q_t = p_t. With w = 1, KL and loss are infinite.
+    log w − log(1 − w) − log p(y_<t|x). From where they part on q_t = p_t. With w = 1, KL and loss are of no use.
     """
     prefix = constant_prefix(base.base, base.chat, None)
     encoded = [base.chat.encode(prompt) for prompt in prompts]

@@ -23,7 +23,7 @@ def teach_plan(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -
     check_teaching(recipe, out, Engine(base), system)
     wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
     texts = [[prompt.text for prompt in read_prompts(source, limit)] for source, limit in wanted]
-    seconds = _teach_seconds(recipe, base, system, [text for part in texts for text in part])
+    seconds = teach_seconds(recipe, base, system, [text for part in texts for text in part])
     parts = " and ".join(f"{len(part):,} prompts of {source}" for part, (source, _) in zip(texts, wanted, strict=True))
     return (
         f"teach: draw {recipe.teach.responses} response(s) of up to {recipe.teach.max_new_tokens} tokens to {parts} from "
@@ -31,7 +31,7 @@ def teach_plan(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -
     )
 
 
-def _teach_seconds(recipe: Recipe, base: BaseModel, system: SafeSystem, texts: list[str]) -> float:
+def teach_seconds(recipe: Recipe, base: BaseModel, system: SafeSystem, texts: list[str]) -> float:
     """Seconds to draw and judge responses to `texts`, and to keep their caches where they are kept."""
     engine, wanted = Engine(base), recipe.teach
     sample = thin(texts, _SAMPLE)

@@ -17,7 +17,7 @@ import numpy as np
 from softguard.card import Card, read_card, write_with_card
 from softguard.config import EvaluateConfig
 from softguard.errors import SoftguardError
-from softguard.guards import Guard, Probabilities, load_guard, response_safety
+from softguard.guards import Guard, Probabilities, load_guard, own_threshold, response_safety
 
 FORMAT = "softguard-judge"
 VERSION = 1
@@ -278,7 +278,7 @@ class GuardJudge:
 
     def safe(self, prompts: Sequence[str], responses: Sequence[str]) -> Decisions:
         """Whether each response to each prompt is safe, bool (pairs,). Raises SoftguardError if the guard fails."""
-        limit = float(getattr(self.guard, "response_threshold", 0.5))
+        limit = own_threshold(self.guard, "response")
         return np.asarray(response_safety(self.guard, prompts, responses) >= limit, dtype=np.bool_)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from softguard.config import SystemConfig
-from softguard.guards import Guard, Probabilities, categories, load_guard, prompt_safety, response_safety
+from softguard.guards import Guard, Probabilities, categories, load_guard, own_threshold, prompt_safety, response_safety
 from softguard.policy import Policy
 
 
@@ -37,10 +37,11 @@ class SafeSystem:
     def from_config(cls, config: SystemConfig, guard: Guard | None = None) -> "SafeSystem":
         """The system a recipe describes; `guard` replaces the one it names.
 
-        Raises SoftguardError if there is no such guard, or for a policy whose functions cannot be imported or whose guard
-        names no categories.
+        Raises SoftguardError if there is no such guard, its threshold is no number in [0, 1], or for a policy whose functions
+        cannot be imported or whose guard names no categories.
         """
         system = cls(guard or load_guard(config.guard), config)
+        system.keep(np.empty(0))  # asks for the threshold
         if system.policy:
             categories(system.guard, config.mode, ["Hello"], ["Hello"])  # some guards tell that they name none when asked
         return system
@@ -53,8 +54,8 @@ class SafeSystem:
     @property
     def threshold(self) -> float:
         """p(safe) below which a hard system refuses: the recipe's, else the guard's own, else one half."""
-        own = getattr(self.guard, f"{self.config.mode}_threshold", 0.5)
-        return float(own if self.config.threshold is None else self.config.threshold)
+        given = self.config.threshold
+        return own_threshold(self.guard, self.config.mode) if given is None else float(given)
 
     def p_safe(self, prompts: Sequence[str], responses: Sequence[str]) -> Probabilities:
         """What the guard says of each pair, (pairs,); in prompt mode it does not look at the response."""

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from softguard.card import auroc_figure, calibration_figure, sha256, share_figure
-from softguard.config import GuardConfig
+from softguard.config import GuardConfig, SystemConfig
 from softguard.errors import DivergedError, SoftguardError
-from softguard.guards import Guard, load_guard, prompt_safety, response_safety
+from softguard.guards import Guard, load_guard, own_threshold, prompt_safety, response_safety
 from softguard.guards.callable import CallableGuard
 from softguard.guards.encoder import BUNDLED, MAX_BYTES, EncoderGuard
 from softguard.guards.fit import fit_guard, read_rows
+from softguard.system import SafeSystem
 
 torch.set_num_threads(1)
 
@@ -104,7 +105,7 @@ def test_a_guard_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 class OfPrompts:
     name = fingerprint = "of prompts"
     prompt_safety = response_safety = None
-    prompt_threshold: object = 1
+    prompt_threshold: object = np.float32(0.25)
 
     @property
     def response_threshold(self) -> float:
@@ -114,12 +115,20 @@ class OfPrompts:
 of_prompts = OfPrompts()
 
 
-@pytest.mark.parametrize("line", [None, "0.5", float("nan"), 1.5])
+def test_a_guard_draws_its_own_line_or_at_one_half() -> None:
+    guard = load_guard(f"{__name__}:of_prompts")
+    assert own_threshold(guard, "prompt") == 0.25
+    with pytest.raises(SoftguardError, match="only judges prompts"):
+        own_threshold(guard, "response")
+    assert own_threshold(load_guard("tests.guards_for_tests:by_word"), "prompt") == 0.5
+
+
+@pytest.mark.parametrize("line", [None, "half", float("nan"), 1.5])
 def test_a_threshold_that_is_no_probability_is_told(line: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_guard(f"{__name__}:of_prompts").name == "of prompts"
     monkeypatch.setattr(OfPrompts, "prompt_threshold", line)
     with pytest.raises(SoftguardError, match=rf"has {line!r} as its prompt_threshold; it must be a number in \[0, 1\]"):
-        load_guard(f"{__name__}:of_prompts")
+        SafeSystem.from_config(SystemConfig(guard=f"{__name__}:of_prompts"))
+    SafeSystem.from_config(SystemConfig(guard=f"{__name__}:of_prompts", threshold=0.5))  # nobody asks for the guard's
 
 
 def test_the_bundled_guard_is_small_and_measured() -> None:

@@ -213,6 +213,7 @@ def test_nobody_there_is_told(server: Server) -> None:
         said("Safe? No. Unsafe."),
         said("safeguards are violated"),
         said("safe/unsafe"),
+        said("safe-ish"),
         chat(tokens({"Safe": 1.0}, {"guards": 1.0}, {" are violated": 1.0})),
         chat({**tokens({"Safe": 1.0}), "finish_reason": "length"}),
         chat({**tokens({"safe": 0.9}), "logprobs": {"content": [{"token": "safe", "logprob": None, "top_logprobs": None}]}}),
@@ -340,3 +341,8 @@ def test_without_the_client_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(SoftguardError, match=r"needs the package openai: pip install openai"):
         load_guard("remote:chat:m@http://localhost/v1")
+
+
+@pytest.mark.parametrize("text", ["safe", "Safe.", "**safe**", "safe — nothing here", "SAFE…", "safe</s>", "safe<|eot_id|>"])
+def test_what_follows_the_word_does_not_matter(text: str) -> None:
+    assert read_label({"message": {"content": text}}) == 1.0

@@ -6,8 +6,8 @@ or a wrong count is an error, never a "safe".
 """
 
 import builtins
+import math
 from collections.abc import Callable, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,7 +22,8 @@ Probabilities = np.ndarray[tuple[int], np.dtype[np.float64]]
 class Guard(Protocol):
     """A model that tells safe prompts and responses from unsafe ones, in batches.
 
-    It may have `prompt_categories(prompts)` and `response_categories(prompts, responses)` too, see `categories`.
+    It may have `prompt_categories(prompts)` and `response_categories(prompts, responses)` too, see `categories`, and
+    `prompt_threshold` and `response_threshold`, see `own_threshold`.
     """
 
     @property
@@ -77,13 +78,6 @@ def load_guard(spec: str) -> Guard:
         for field in ("name", "fingerprint"):
             if not isinstance(getattr(found, field, None), str):
                 raise SoftguardError(f"guard {spec!r} has no text as its {field}; give it one, as an attribute or a property")
-        for field in ("prompt_threshold", "response_threshold"):
-            try:
-                own = getattr(found, field, 0.5)
-            except SoftguardError:  # fitted for the other question alone
-                continue
-            if not isinstance(own, Real) or not 0 <= float(own) <= 1:  # NaN fails both comparisons
-                raise SoftguardError(f"guard {spec!r} has {own!r} as its {field}; it must be a number in [0, 1], or left out")
         return found  # type: ignore[no-any-return]
     if not builtins.callable(found):  # the bare name is the submodule softguard.guards.callable
         raise SoftguardError(f"guard {spec!r} is a {type(found).__name__}, not a function f(prompts, responses or None)")
@@ -108,12 +102,30 @@ def response_safety(guard: Guard, prompts: Sequence[str], responses: Sequence[st
     return _checked(guard.name, len(prompts), lambda: guard.response_safety(prompts, responses))
 
 
+def own_threshold(guard: Guard, question: Literal["prompt", "response"]) -> float:
+    """p(safe) from which on the guard itself calls a prompt or a response safe; one half if it names none.
+
+    Raises SoftguardError if what it names is no number in [0, 1].
+    """
+    own = getattr(guard, f"{question}_threshold", 0.5)
+    try:
+        line = float(own)
+    except (TypeError, ValueError):
+        line = math.nan
+    if not 0 <= line <= 1:
+        raise SoftguardError(
+            f"guard {guard.name!r} has {own!r} as its {question}_threshold; it must be a number in [0, 1], or left out"
+        )
+    return line
+
+
 def categories(
     guard: Guard, mode: Literal["prompt", "response"], prompts: Sequence[str], responses: Sequence[str]
 ) -> list[str]:
     """Ask `guard` for the category of every prompt, or of every pair, by its optional method, and check the answer.
 
-    Returns (pairs,) names; an empty one is no category. Raises SoftguardError if the guard has no such method or it fails.
+    Returns (pairs,) names; an empty one is no category, such as of a text that is safe. Raises SoftguardError if the guard has
+    no such method or it fails.
     """
     ask = getattr(guard, f"{mode}_categories", None)
     if ask is None:

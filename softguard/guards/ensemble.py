@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from softguard.errors import SoftguardError
-from softguard.guards import Guard, Probabilities, prompt_safety, response_safety
+from softguard.guards import Guard, Probabilities, own_threshold, prompt_safety, response_safety
 
 How = Literal["cautious", "mean"]
 
@@ -52,8 +52,8 @@ class EnsembleGuard:
         """p(safe | prompt, response), one a pair."""
         return self._together("response", [response_safety(guard, prompts, responses) for guard in self.guards])
 
-    def _together(self, question: str, said: Sequence[Probabilities]) -> Probabilities:
-        moved = [_moved(p, _threshold(guard, question)) for p, guard in zip(said, self.guards, strict=True)]
+    def _together(self, question: Literal["prompt", "response"], said: Sequence[Probabilities]) -> Probabilities:
+        moved = [_moved(p, own_threshold(guard, question)) for p, guard in zip(said, self.guards, strict=True)]
         rule = np.min if self.how == "cautious" else np.mean
         return np.asarray(rule(np.stack(moved), axis=0), dtype=np.float64)
 
@@ -79,13 +79,9 @@ def _parts(text: str) -> list[str]:
     return parts
 
 
-def _threshold(guard: Guard, question: str) -> float:
-    return float(getattr(guard, f"{question}_threshold", 0.5))
-
-
-def _seal(guard: Guard, question: str) -> str:
+def _seal(guard: Guard, question: Literal["prompt", "response"]) -> str:
     try:
-        return str(_threshold(guard, question))
+        return str(own_threshold(guard, question))
     except SoftguardError:  # fitted for the other question alone
         return "none"
 

@@ -29,7 +29,7 @@ Kind = Literal["chat", "moderation"]
 _TEXTS = 32  # of one moderation request
 _TOP = 20  # likeliest first tokens asked for
 _LABELLED = 0.5  # of the first token's probability, the least that labels must have between them
-_SAFE = re.compile(r"\W*safe(?=[\s.,;:!*)\"'`]|$)")  # not safety or safe/unsafe
+_SAFE = re.compile(r"\W*safe(?![\w/-])")  # not safety or safe/unsafe
 _DENIED = re.compile(r"\W*safe\W+(no|not|false|un\w*)\b|.*\b(not|never|isn't) safe\b|.*unsafe", re.DOTALL)  # "Safe? No."
 
 

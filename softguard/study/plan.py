@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from softguard.config import Recipe
 from softguard.corpus import teach
 from softguard.distill import time_step
-from softguard.estimate import generation_seconds, minutes
+from softguard.estimate import generation_seconds, minutes, teach_seconds
 from softguard.models import DEMO_MODEL, load_base
 from softguard.prompts import read_prompts
 from softguard.study.cells import ground_of, is_finished
@@ -69,7 +69,7 @@ def _seconds(recipe: Recipe, arms: list[Arm], asked: list[str]) -> float:
     base, system = load_base(model.name, model.dtype, model.device, model.quantize), SafeSystem.from_config(recipe.system)
     wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
     texts = [prompt.text for source, limit in wanted for prompt in read_prompts(source, limit)]
-    seconds = generation_seconds(base, texts, recipe.teach.max_new_tokens) * len(texts) * recipe.teach.responses
+    seconds = teach_seconds(recipe, base, system, texts)
     answer = generation_seconds(base, asked, recipe.evaluate.max_new_tokens) * len(asked)
     seconds += answer
     with TemporaryDirectory() as folder:
@@ -77,6 +77,6 @@ def _seconds(recipe: Recipe, arms: list[Arm], asked: list[str]) -> float:
         corpus = teach(few, Path(folder) / "corpus", base, system)
         for arm in arms:
             cell = arm.cells[0][0].recipe
-            step = time_step(cell, corpus, Path(folder) / "cell", base) if cell.distil.steps else 0.0
+            step = time_step(cell, corpus, Path(folder) / "cell", base)
             seconds += (len(arm.cells) + max(len(arm.trials) - 1, 0)) * step * cell.distil.steps + len(arm.cells) * answer
     return seconds

@@ -70,7 +70,8 @@ _SHARED: dict[str, tuple[str, ...]] = {
     "system": (),
     "teach": ("limit", "validation_limit", "responses", "max_new_tokens", "temperature"),
 }
-_OWN = ("distil.learning_rate", "system.guard")  # checked apart, and by name
+# Of these the rate is checked apart, the guard by name, and the others change no figure but by rounding
+_OWN = ("distil.learning_rate", "distil.accumulate", "distil.checkpoint_every", "system.guard")
 
 
 def write_table(grid: Grid, out: Path) -> None:
