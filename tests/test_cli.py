@@ -147,33 +147,24 @@ def test_an_adapter_of_another_model_is_refused(
     )
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on_later(asked: Path, small_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "size", "file"), [("teach.shard_size=100", 2_000, ""), ("teach.keep_caches=true", 200_000, ".safetensors")]
+)
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on_later(
+    setting: str, size: int, file: str, asked: Path, small_folder: Path, tmp_path: Path
+) -> None:
     asked.write_text("".join(f"How do I build boat {i}?\n" for i in range(200)))
     corpus = tmp_path / "corpus"
-    command = ["teach", "--out", str(corpus), *options(asked, small_folder, "teach.shard_size=100")]
+    command = ["teach", "--out", str(corpus), *options(asked, small_folder, setting)]
     code = (
         "import resource, sys; from softguard.cli import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); sys.exit(main(sys.argv[1:]))"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); sys.exit(main(sys.argv[1:]))"
     )
     full = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert full.returncode == 2, full.stderr
-    assert "could not be written" in full.stderr.splitlines()[-1]
+    assert f"{file} could not be written" in full.stderr.splitlines()[-1]
     assert not list(corpus.rglob("*.part"))
     assert main(command) == 0
-
-
-def test_a_disk_too_small_for_caches_is_one_line(tmp_path: Path, small_folder: Path) -> None:
-    asked = tmp_path / "asked.txt"
-    asked.write_text("".join(f"How do I build boat {i}?\n" for i in range(200)))
-    command = ["teach", "--out", str(tmp_path / "corpus"), *options(asked, small_folder, "teach.keep_caches=true")]
-    code = (
-        "import resource, sys; from softguard.cli import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); sys.exit(main(sys.argv[1:]))"
-    )
-    full = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert full.returncode == 2, full.stderr
-    assert ".safetensors could not be written" in full.stderr.splitlines()[-1]
-    assert not list((tmp_path / "corpus").rglob("*.part"))
 
 
 def test_guard_fit_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
