@@ -1,7 +1,7 @@
 """Products with frozen weights, in the layout and order in which the processor's libraries make them fastest.
 
 In bfloat16 PyTorch's library (oneDNN) lays a weight out for itself at every product. For few rows it does so once here, which
-gives the same numbers in two thirds of the time (measured with AMX; a thousand rows gain nothing) and takes the layers' weights
+gives the same numbers in two thirds of the time (measured with AMX; a thousand rows gain nothing) and takes these weights
 twice in memory; so large weights stay as they are. That library also finishes a product with what follows it, in cache.
 
 In float32 (tokens, n) @ (n, m) can be asked for as its transpose. On processors with AVX2 alone PyTorch's library (MKL) makes
