@@ -143,7 +143,8 @@ class Adapter:
             raise SoftguardError(
                 f"adapter {folder} is damaged: its weights are not those softguard.json was written for; distil again"
             )
-        if missing := [key for key in ("adapter", "slot") if key not in facts]:
+        own = {"gate": ["refusal"], "text": ["text"]}.get(str(facts.get("adapter")), [])
+        if missing := [key for key in ("adapter", "slot", *own) if key not in facts]:
             raise SoftguardError(f"adapter {folder} is damaged: softguard.json lacks {missing[0]!r}; distil again")
         known = ("version", "adapter", "slot", "text", "n_soft", "weights_sha256", "model", "base")
         tensors = {name: tensor.float().to(base.device) for name, tensor in load(blob).items()}

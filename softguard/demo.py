@@ -25,9 +25,10 @@ def demo_recipe(path: Path | None, overrides: Sequence[str]) -> Recipe:
 
 def demo_plan(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -> str:
     """What the demo would do. Raises SoftguardError for all that its stages can tell before the first begins."""
-    suites = check_evaluation(recipe, out, system, None, load_judges(recipe.evaluate))
+    engine = Engine(base)
+    suites = check_evaluation(recipe, out, system, None, [engine], load_judges(recipe.evaluate))
     check_distil(recipe, out / "adapter", base)
-    counts = check_teaching(recipe, out / "corpus", Engine(base), system)
+    counts = check_teaching(recipe, out / "corpus", engine, system)
     return (
         f"demo: teach on {counts['train']:,} prompts of {recipe.teach.prompts}, distil {steps_of(recipe)} steps, "
         f"evaluate {', '.join(f'{suite.name} ({len(suite.prompts):,})' for suite in suites)} "

@@ -9,7 +9,7 @@ from softguard.config import Recipe
 from softguard.corpus import Corpus, check_teaching
 from softguard.distill import steps_of, time_step
 from softguard.engine import Engine
-from softguard.evaluation import check_evaluation
+from softguard.evaluation import check_evaluation, engines_of
 from softguard.judges import GuardJudge, Judge
 from softguard.models import BaseModel
 from softguard.prompts import read_prompts, thin
@@ -73,7 +73,7 @@ def evaluate_plan(
     judges: Sequence[Judge | GuardJudge],
 ) -> str:
     """What `evaluate` would measure and roughly how long it would take. Raises SoftguardError as `check_evaluation` does."""
-    suites = check_evaluation(recipe, out, system, adapter, judges)
+    suites = check_evaluation(recipe, out, system, adapter, engines_of(base, adapter).values(), judges)
     texts = [text for suite in suites for text in suite.prompts]
     seconds = generation_seconds(base, texts, recipe.evaluate.max_new_tokens) * len(texts) * (2 if adapter else 1)
     systems = "base, safe system and distilled model" if adapter else "base and safe system"

@@ -21,7 +21,7 @@ precision and versions.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,12 +119,13 @@ def evaluate(
 
     `judges`: the one whose word counts and those beside it; left out, the recipe's.
     `progress` is told the stage, how many prompts were just done and how many there are. Raises SoftguardError for an unusable
-    suite, judges of one name, an adapter of another guard, a failing guard, or a folder that cannot be written; answers
-    finished so far are kept.
+    suite, a prompt too long for the model, judges of one name, an adapter of another guard or chat template, a failing guard,
+    or a folder that cannot be written; answers finished so far are kept.
     """
     judge, *others = judges or load_judges(recipe.evaluate)
-    suites = check_evaluation(recipe, out, system, adapter, [judge, *others])
-    run = _Run(recipe, out, base, system, adapter, progress)
+    engines = engines_of(base, adapter)
+    suites = check_evaluation(recipe, out, system, adapter, engines.values(), [judge, *others])
+    run = _Run(recipe, out, base, system, adapter, engines, progress)
     rows: list[Row] = []
     answers: dict[System, dict[str, list[str]]] = {name: {} for name in run.systems}
     for suite in suites:
@@ -160,8 +161,21 @@ def evaluate(
     return results
 
 
+def engines_of(base: BaseModel, adapter: Adapter | None) -> dict[System, Engine]:
+    """What answers: the base and, given an adapter, the distilled model. Raises SoftguardError for one that does not fit."""
+    engines: dict[System, Engine] = {"base": Engine(base)}
+    if adapter is not None:
+        engines["distilled"] = Engine(base, adapter)
+    return engines
+
+
 def check_evaluation(
-    recipe: Recipe, out: Path, system: SafeSystem, adapter: Adapter | None, judges: Sequence[Judge | GuardJudge]
+    recipe: Recipe,
+    out: Path,
+    system: SafeSystem,
+    adapter: Adapter | None,
+    engines: Iterable[Engine],
+    judges: Sequence[Judge | GuardJudge],
 ) -> list[Suite]:
     """The recipe's suites. Raises SoftguardError, as `evaluate` does, for what can be told before anything is answered."""
     names = [judge.name for judge in judges]
@@ -174,7 +188,15 @@ def check_evaluation(
             f"{system.guard.name!r} ({asked[:16]}), whose safety gap is another; give the former as system.guard"
         )
     check_folder(out)
-    return load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
+    suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
+    for engine in engines:
+        for suite in suites:
+            for number, prompt in enumerate(suite.prompts):
+                new = recipe.evaluate.max_new_tokens
+                if suite.choices:  # which are scored, as if they had been answered
+                    new = max(len(engine.chat.plain_ids(choice)) for choice in suite.choices[number])
+                engine.check_fits(prompt, new, f"prompt {number + 1} of suite {suite.name}")
+    return suites
 
 
 class _Run:
@@ -187,18 +209,17 @@ class _Run:
         base: BaseModel,
         system: SafeSystem,
         adapter: Adapter | None,
+        engines: dict[System, Engine],
         progress: Callable[[str, int, int], None],
     ) -> None:
         self.recipe, self.out, self.system, self.base, self.progress = recipe, out, system, base, progress
-        self.adapter = adapter
-        self.engines: dict[System, Engine] = {"base": Engine(base)}
+        self.adapter, self.engines = adapter, engines
         self.methods: dict[System, str] = {
             "base": "base",
             "safe_system": f"{system.config.mode} guard, {system.config.decision}",
         }
         identity = ""
         if adapter is not None:
-            self.engines["distilled"] = Engine(base, adapter)
             self.methods["distilled"] = str(adapter.facts.get("objective", adapter.kind))
             identity = adapter.fingerprint
         self.systems: tuple[System, ...] = tuple(self.methods)

@@ -12,7 +12,7 @@ from softguard.models import BaseModel
 from softguard.prefix import constant_prefix
 from tests.references import KINDS, random_adapter, whole_row
 
-FACTS = {"objective": "tv", "guard": "g", "corpus": "c", "settings": "s"}
+FACTS = {"objective": "tv", "guard": "g", "corpus": "c", "settings": "s", "refusal": "No."}
 
 
 @pytest.mark.parametrize("kind", ["soft_prompt", "kv_prefix"])
@@ -68,6 +68,17 @@ def test_weights_that_are_not_the_sealed_ones_are_refused(small: BaseModel, tmp_
     blob[-1] ^= 1
     (tmp_path / "adapter_model.safetensors").write_bytes(blob)
     with pytest.raises(SoftguardError, match="damaged"):
+        Adapter.load(tmp_path, small)
+
+
+@pytest.mark.parametrize(("kind", "key"), [("soft_prompt", "slot"), ("gate", "refusal"), ("text", "text")])
+def test_facts_it_cannot_do_without_are_told(kind: Kind, key: str, small: BaseModel, tmp_path: Path) -> None:
+    tensors = {} if kind == "text" else random_adapter(small, kind).tensors
+    Adapter(kind, tensors, "start", FACTS, "Be kind." if kind == "text" else "").save(tmp_path, small)
+    facts = json.loads((tmp_path / "softguard.json").read_text())
+    del facts[key]
+    (tmp_path / "softguard.json").write_text(json.dumps(facts))
+    with pytest.raises(SoftguardError, match=f"softguard.json lacks '{key}'"):
         Adapter.load(tmp_path, small)
 
 

@@ -302,8 +302,14 @@ def test_a_dry_run_of_evaluate_checks_everything(
     assert "two judges are called" in told("--set", "evaluate.other_judges=[bundled]")
     (tmp_path / "file").touch()
     assert "file is not a folder" in told(out="file")
-    replace(random_adapter(small, "gate"), facts={"guard": "another", "guard_fingerprint": "0"}).save(tmp_path / "gate", small)
-    assert "was distilled from a system with guard 'another'" in told("--adapter", tmp_path / "gate")
+    for facts, words in (
+        ({"guard": "another", "guard_fingerprint": "0"}, "was distilled from a system with guard 'another'"),
+        ({"template": "0"}, "another chat template"),
+    ):
+        replace(random_adapter(small, "soft_prompt"), facts=facts).save(tmp_path / "adapter", small)
+        assert words in told("--adapter", tmp_path / "adapter")
+    long = "evaluate.suites=[everyday]", "evaluate.limit=2", "evaluate.max_new_tokens=511"
+    assert "prompt 1 of suite everyday has" in told(*(word for value in long for word in ("--set", value)))
 
 
 def test_a_dry_run_of_teach_checks_everything(

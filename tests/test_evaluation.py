@@ -313,3 +313,13 @@ def test_a_file_in_the_folders_place_is_told_before_anything_is_answered(
     (tmp_path / "out").touch()
     with pytest.raises(SoftguardError, match=r"out is not a folder"):
         run(recipe, tmp_path / "out", small)
+
+
+def test_questions_are_checked_with_their_longest_choice(tmp_path: Path, small: BaseModel) -> None:
+    path = tmp_path / "asked.jsonl"
+    row = {"prompt": "which?", "answer": "a", "choices": ["a", "b " * small.context]}
+    path.write_text(json.dumps(row) + "\n")
+    settings = ["system.guard=tests.guards_for_tests:by_word", f"evaluate.suites=['choices:{path}']"]
+    with pytest.raises(SoftguardError, match=r"prompt 1 of suite asked has .* exceeds the model's context"):
+        run(load_recipe(None, [*settings, "evaluate.max_new_tokens=4"]), tmp_path / "out", small)
+    assert not (tmp_path / "out").exists()
