@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from softguard.adapters import Adapter
 from softguard.config import Recipe
@@ -13,6 +15,7 @@ from softguard.evaluation import check_evaluation, engines_of
 from softguard.judges import GuardJudge, Judge
 from softguard.models import BaseModel
 from softguard.prompts import read_prompts, thin
+from softguard.suites import Suite
 from softguard.system import SafeSystem
 
 _SAMPLE = 16  # prompts
@@ -74,21 +77,43 @@ def evaluate_plan(
 ) -> str:
     """What `evaluate` would measure and roughly how long it would take. Raises SoftguardError as `check_evaluation` does."""
     suites = check_evaluation(recipe, out, system, adapter, engines_of(base, adapter).values(), judges)
-    texts = [text for suite in suites for text in suite.prompts]
-    seconds = generation_seconds(base, texts, recipe.evaluate.max_new_tokens) * len(texts) * (2 if adapter else 1)
+    pace = pace_of(recipe, base, system, judges, suites)
+    seconds = pace.seconds(suites, made=2, graded=3) if adapter else pace.seconds(suites, made=1, graded=2)
     systems = "base, safe system and distilled model" if adapter else "base and safe system"
     parts = ", ".join(f"{suite.name} ({len(suite.prompts):,})" for suite in suites)
     return f"evaluate: {systems} on {parts}; about {minutes(seconds)}"
 
 
-def generation_seconds(base: BaseModel, texts: list[str], new: int) -> float:
-    """Seconds to answer a prompt with `new` tokens, from a sample spread over `texts`."""
+class Pace(NamedTuple):
+    """Seconds a prompt takes in an evaluation."""
+
+    answer: float  # by one model
+    guard: float  # what the system makes of the base's
+    judge: float  # all judges' words on one answer
+
+    def seconds(self, suites: Sequence[Suite], made: int, graded: int) -> float:
+        """Of an evaluation in which `made` models answer, the others' answers being known, and `graded` systems are judged."""
+        judged = sum(len(suite.prompts) for suite in suites if suite.measure == "safety")
+        return sum(len(suite.prompts) for suite in suites) * (made * self.answer + self.guard) + judged * graded * self.judge
+
+
+def pace_of(
+    recipe: Recipe, base: BaseModel, system: SafeSystem, judges: Sequence[Judge | GuardJudge], suites: Sequence[Suite]
+) -> Pace:
+    """Timed on a sample spread over the suites' prompts."""
     engine = Engine(base)
-    sample = thin(texts, _SAMPLE)
-    engine.generate(sample[:2], 2)
-    begin = time.perf_counter()
-    engine.generate(sample, new)
-    return (time.perf_counter() - begin) / len(sample)
+    sample = thin([text for suite in suites for text in suite.prompts], _SAMPLE)
+    marks: list[float] = []
+    for few, new in ((sample[:2], 2), (sample, recipe.evaluate.max_new_tokens)):  # the first is slower
+        marks = [time.perf_counter()]
+        texts = [response.text for response in engine.generate(few, new)]
+        marks.append(time.perf_counter())
+        system.answer(few, texts, recipe.seed)
+        marks.append(time.perf_counter())
+        for judge in judges:
+            judge.safe(few, texts)
+        marks.append(time.perf_counter())
+    return Pace(*((end - begin) / len(sample) for begin, end in pairwise(marks)))
 
 
 def minutes(seconds: float) -> str:

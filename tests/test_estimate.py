@@ -1,5 +1,6 @@
 """Estimates, by works that take known times of a clock of their own."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 from softguard import estimate
 from softguard.config import load_recipe
 from softguard.engine import Engine
+from softguard.judges import GuardJudge, Judge
 from softguard.models import BaseModel
 from softguard.system import SafeSystem
+from tests.references import random_adapter
 
 
 class Clock:
@@ -50,3 +53,18 @@ def test_teaching_without_responses_takes_the_guards_time_and_the_caches(
     recipe = load_recipe(None, [f"teach.prompts={path}", f"teach.validation={path}", *settings])
     told = estimate.teach_plan(recipe, tmp_path / "out", small, SafeSystem(Slow(clock), recipe.system))
     assert told.endswith(f"about {seconds} s")
+
+
+def test_an_evaluation_takes_the_guards_and_the_judges_time(
+    small: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, clock = tmp_path / "asked.jsonl", Clock()
+    rows = [{"prompt": f"Question {i}?", "label": "harmful" if i % 4 else "benign"} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(estimate, "time", clock)
+    recipe = load_recipe(None, [f"evaluate.suites=['file:{path}']", "evaluate.max_new_tokens=1"])
+    guard, adapter = Slow(clock), random_adapter(small, "soft_prompt")
+    judges: list[Judge | GuardJudge] = [GuardJudge(guard), Judge()]
+    for trained, seconds in ((None, 10), (adapter, 13)):  # 40 by the guard, 30 by the judge a system
+        told = estimate.evaluate_plan(recipe, tmp_path / "out", small, SafeSystem(guard, recipe.system), trained, judges)
+        assert told.endswith(f"about {seconds} s")

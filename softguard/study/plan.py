@@ -7,12 +7,13 @@ from tempfile import TemporaryDirectory
 from softguard.config import Recipe
 from softguard.corpus import teach
 from softguard.distill import time_step
-from softguard.estimate import generation_seconds, minutes, teach_seconds
+from softguard.estimate import minutes, pace_of, teach_seconds
+from softguard.judges import load_judges
 from softguard.models import DEMO_MODEL, load_base
 from softguard.prompts import read_prompts
 from softguard.study.cells import ground_of, is_finished
 from softguard.study.grid import Arm, Grid
-from softguard.suites import load_suites
+from softguard.suites import Suite, load_suites
 from softguard.system import SafeSystem
 
 _PROMPTS = 16  # of the corpus that steps are timed on
@@ -37,7 +38,7 @@ def study_plan(grid: Grid, out: Path, workers: int) -> str:
             lines.append(f"  no estimate: {', '.join(dict.fromkeys(away))} of a hub would be looked up")
             continue
         done += sum(_done(arm, grid, out) for arm in arms)
-        seconds = _seconds(recipe, arms, [text for suite in loaded for text in suite.prompts])
+        seconds = _seconds(recipe, arms, loaded)
         lines.append(f"  about {minutes(seconds)} of one worker")
         total += seconds
     measured = sum(len(arm.cells) for arm in grid.arms)
@@ -63,20 +64,21 @@ def _done(arm: Arm, grid: Grid, out: Path) -> int:
     return sum(is_finished(ground, arm, number, out) for number in range(len(arm.cells)))
 
 
-def _seconds(recipe: Recipe, arms: list[Arm], asked: list[str]) -> float:
+def _seconds(recipe: Recipe, arms: list[Arm], suites: list[Suite]) -> float:
     """Seconds of all cells of a base, from a few prompts and two steps of every arm."""
     model = recipe.model
     base, system = load_base(model.name, model.dtype, model.device, model.quantize), SafeSystem.from_config(recipe.system)
     wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
     texts = [prompt.text for source, limit in wanted for prompt in read_prompts(source, limit)]
     seconds = teach_seconds(recipe, base, system, texts)
-    answer = generation_seconds(base, asked, recipe.evaluate.max_new_tokens) * len(asked)
-    seconds += answer
+    pace = pace_of(recipe, base, system, load_judges(recipe.evaluate), suites)
+    seconds += pace.seconds(suites, made=1, graded=2)
+    measuring = pace.seconds(suites, made=1, graded=3)  # the base's answers are kept
     with TemporaryDirectory() as folder:
         few = replace(recipe, teach=replace(recipe.teach, limit=_PROMPTS, validation_limit=_PROMPTS))
         corpus = teach(few, Path(folder) / "corpus", base, system)
         for arm in arms:
             cell = arm.cells[0][0].recipe
             step = time_step(cell, corpus, Path(folder) / "cell", base)
-            seconds += (len(arm.cells) + max(len(arm.trials) - 1, 0)) * step * cell.distil.steps + len(arm.cells) * answer
+            seconds += (len(arm.cells) + max(len(arm.trials) - 1, 0)) * step * cell.distil.steps + len(arm.cells) * measuring
     return seconds
