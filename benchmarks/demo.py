@@ -2,8 +2,8 @@
 
     python -m benchmarks.demo [--out runs/demo] [--whole]
 
-Writes benchmarks/results/demo.json, or with --whole, after a demo, demo-full-test.json, and -plain.json where the processor
-does not multiply bfloat16: the results.json, wall-clock seconds, peak memory, load and processor.
+Writes benchmarks/results/demo.json, or with --whole, after a demo, demo-full-test.json, with the machine's ending
+(`record.of_machine`): the results.json, wall-clock seconds, peak memory, load and processor.
 """
 
 import argparse

@@ -109,10 +109,14 @@ def machine(threads: int = 0) -> dict[str, Any]:
 
 
 def of_machine(name: str, before: Mapping[str, Any]) -> str:
-    """The name of a file of results, with an ending for machines whose figures stand beside the others: `-gpu`, and `-plain`
-    for a processor that does not multiply bfloat16.
+    """The name of a file of results, with an ending for machines whose figures stand beside the others: `-gpu`, `-plain` for a
+    processor that does not multiply bfloat16, and `-vector` for one that does, but by vectors (AVX-512), not by tiles (AMX).
     """
-    return name + ("-gpu" if "gpu" in before else "" if multiplies_bfloat16(before) else "-plain")
+    if "gpu" in before:
+        return f"{name}-gpu"
+    if not multiplies_bfloat16(before):
+        return f"{name}-plain"
+    return name if "amx_bf16" in before["cpu_flags"] else f"{name}-vector"
 
 
 def multiplies_bfloat16(before: Mapping[str, Any]) -> bool:

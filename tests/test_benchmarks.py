@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import draw, gate, record, step
+from benchmarks import draw, gate, step
 from softguard.chat import Chat
 from softguard.engine import Engine
 from softguard.models import BaseModel
@@ -62,22 +60,3 @@ def _operations(run: Callable[[], None]) -> int:
         run()
     counts = counter.get_flop_counts()["Global"]
     return sum(count for operation, count in counts.items() if "attention" not in str(operation))
-
-
-@pytest.mark.parametrize(
-    ("told", "file"),
-    [
-        ({"cpu_flags": ["avx2"]}, "some-plain.csv"),
-        ({"cpu_flags": ["avx2", "avx512f"]}, "some-plain.csv"),
-        ({"cpu_flags": ["avx2", "avx512_bf16"]}, "some.csv"),
-        ({"cpu_flags": ["amx_bf16"]}, "some.csv"),
-        ({"cpu_flags": ["avx2"], "gpu": "a GPU"}, "some-gpu.csv"),
-    ],
-)
-def test_each_sort_of_machine_has_files_of_its_own(
-    told: dict[str, Any], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
-    record.keep("some", [{"side": "ours", "seconds": 1.5}], told)
-    assert {path.name for path in tmp_path.iterdir()} == {file, file.replace(".csv", ".json")}
-    assert (tmp_path / file).read_text().splitlines() == ["side,seconds", "ours,1.5"]

@@ -31,7 +31,8 @@ def test_a_row_has_median_and_spread() -> None:
 @pytest.mark.parametrize(
     ("of_machine", "name"),
     [
-        ({"cpu_flags": ["avx2", "avx512_bf16"]}, "some"),
+        ({"cpu_flags": ["avx512_bf16", "amx_bf16"]}, "some"),
+        ({"cpu_flags": ["avx2", "avx512_bf16"]}, "some-vector"),
         ({"cpu_flags": ["avx2", "avx512f"]}, "some-plain"),  # bfloat16 is not multiplied there: other figures altogether
         ({"cpu_flags": ["avx2"], "gpu": "one"}, "some-gpu"),
     ],
