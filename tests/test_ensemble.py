@@ -40,6 +40,12 @@ def test_each_guards_own_threshold_stands_at_one_half() -> None:
     assert said[2] == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize(("said", "threshold", "refused"), [(1 - 1e-7, 1.0, True), (1.0, 1.0, False), (0.0, 0.0, False)])
+def test_a_threshold_at_an_end_refuses_what_the_guard_itself_would(said: float, threshold: float, refused: bool) -> None:
+    guard = EnsembleGuard("cautious", [Fixed([said], threshold), Fixed([1.0])])
+    assert (prompt_safety(guard, ["a"])[0] < 0.5) == refused
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_cautious_system_refuses_what_any_guard_would(seed: int) -> None:
     rng = np.random.default_rng(seed)

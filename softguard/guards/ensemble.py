@@ -88,4 +88,5 @@ def _seal(guard: Guard, question: Literal["prompt", "response"]) -> str:
 
 def _moved(p: Probabilities, threshold: float) -> Probabilities:
     t = min(max(threshold, 1e-6), 1 - 1e-6)
-    return p * (1 - t) / (p * (1 - t) + (1 - p) * t)
+    moved = p * (1 - t) / (p * (1 - t) + (1 - p) * t)
+    return np.where(p < threshold, np.minimum(moved, np.nextafter(0.5, 0)), np.maximum(moved, 0.5))  # at the ends, too
