@@ -13,11 +13,10 @@ from softguard.errors import SoftguardError
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a path beside `path`, flush what it wrote to disk and rename it into place.
 
-    Raises SoftguardError, with nothing left behind, if the disk is full or the folder cannot be written, or another process
-    is writing the same file.
+    Raises SoftguardError, with nothing left behind, if `path` is a folder, the disk is full or the folder cannot be written, or
+    another process is writing the same file.
     """
-    if not path.name:
-        raise SoftguardError(f"{path} is a folder; name a file in it")
+    check_file(path)
     beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +35,12 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         raise SoftguardError(
             f"{path} could not be written ({error.strerror or error}); free space or choose another folder"
         ) from error
+
+
+def check_file(path: Path) -> None:
+    """Raises SoftguardError if `path` is a folder, which no file can be renamed to."""
+    if not path.name or path.is_dir():
+        raise SoftguardError(f"{path} is a folder; name a file in it")
 
 
 def _hold(handle: IO[bytes], beside: Path, path: Path) -> None:

@@ -149,7 +149,8 @@ def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     raise SoftguardError(
                         f"{path}:{reader.line_num}: the row has more fields than the header; set what holds a comma in quotes"
                     )
-                yield f"{path}:{reader.line_num}", row
+                # an empty cell is no response, where JSON can tell an empty one
+                yield f"{path}:{reader.line_num}", {k: v or None if k == "response" else v for k, v in row.items()}
         except csv.Error as error:
             raise SoftguardError(f"{path}:{reader.line_num}: not valid CSV ({error})") from error
 

@@ -179,6 +179,15 @@ def test_guard_fit_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "dry").exists()
     data.write_text('{"prompt": "x"}\n{"prompt": 3}\n')
     assert "data.jsonl:2" in refused(capsys, "guard", "score", data, "--set", GUARD, "--out", out)
+    data.write_text('{"prompt": "x"}\n{"prompt": "x", "response": 3}\n')
+    broken = "system.guard=tests.guards_for_tests:throws"  # it would tell if it were asked
+    assert "data.jsonl:2: field 'response' is not text" in refused(
+        capsys, "guard", "score", data, "--set", broken, "--out", out
+    )
+    data.write_text('{"prompt": "x"}\n')
+    for dry in ([], ["--dry-run"]):
+        line = refused(capsys, "guard", "score", data, "--set", broken, "--out", tmp_path, *dry)
+        assert f"{tmp_path} is a folder; name a file in it" in line
     data.write_text("\n")
     for dry in ([], ["--dry-run"]):
         assert "data.jsonl holds no prompts" in refused(capsys, "guard", "score", data, "--set", GUARD, "--out", out, *dry)
@@ -189,6 +198,14 @@ def test_guard_fit_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["guard", "fit", str(data), "--out", str(tmp_path / "guard"), "--dry-run"]) == 0
     assert "data.jsonl is not a folder" in refused(capsys, "guard", "fit", data, "--out", data / "guard", "--dry-run")
     assert not (tmp_path / "guard").exists()
+
+
+def test_an_empty_cell_of_a_csv_is_no_response(tmp_path: Path) -> None:
+    data, out = tmp_path / "data.csv", tmp_path / "scored.jsonl"
+    data.write_text("prompt,response\nhow to build a boat,\nhow to build a boat,(\n")
+    guard = "system.guard=tests.guards_for_tests:by_bracket"  # one half for a prompt alone
+    assert main(["guard", "score", str(data), "--set", guard, "--out", str(out)]) == 0
+    assert [json.loads(line)["p_safe"] for line in out.read_text().splitlines()] == [0.5, 0.05]
 
 
 def test_guard_fit_takes_its_settings_from_the_recipe(tmp_path: Path) -> None:
@@ -326,7 +343,7 @@ def test_a_dry_run_of_teach_checks_everything(
     assert "other settings" in told("seed=1")
 
 
-def test_a_dry_run_of_distil_checks_everything(
+def test_a_dry_run_of_distil_checks_everything_and_so_does_a_run_before_its_tracker_begins(
     asked: Path, small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus, adapter = tmp_path / "corpus", tmp_path / "adapter"
@@ -338,8 +355,9 @@ def test_a_dry_run_of_distil_checks_everything(
         (tmp_path / "file", [], "file is not a folder"),
         (tmp_path / "new", ["distil.steps=0", "distil.init_text=''"], "init_text is empty"),
     ):
-        command = ("distil", "--dry-run", "--corpus", corpus, "--out", out, *options(asked, small_folder, *changes))
-        assert words in refused(capsys, *command)
+        command = ("distil", "--corpus", corpus, "--out", out, *options(asked, small_folder, *changes))
+        assert words in refused(capsys, *command, "--dry-run")
+        assert words in refused(capsys, *command, "--track", "no such tracker")
 
 
 def test_a_demo_of_other_settings_leaves_the_first_alone(

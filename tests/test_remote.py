@@ -331,6 +331,12 @@ def test_found_by_name() -> None:
             load_guard(spec)
 
 
+@pytest.mark.parametrize("address", ["local\x01host/v1", "localhost/v1\n", "\u0378.com/v1", "b" * 64 + "é.de/v1"])
+def test_an_address_that_the_client_does_not_take_is_told(address: str) -> None:
+    with pytest.raises(SoftguardError, match=r"guard 'chat\(m@.* has a URL that cannot be asked \(.*; correct it"):
+        load_guard(f"remote:chat:m@http://{address}")
+
+
 @pytest.mark.parametrize("address", ["localhost:PORT/v1", "localhost:99999", "localhost:0", "[::1/v1", "", "/v1", ":80/v1"])
 def test_an_address_that_is_none_is_told(address: str) -> None:
     with pytest.raises(SoftguardError, match="must read remote:chat:MODEL@URL"):

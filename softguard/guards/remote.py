@@ -43,7 +43,10 @@ class RemoteGuard:
 
     def __init__(self, kind: Kind, model: str, url: str, timeout: float = 60.0, retries: int = 5, in_flight: int = 8) -> None:
         """`url`: up to and with the version, as http://localhost:8000/v1. `timeout`: seconds a reply may take; `retries` of
-        one request; `in_flight`: requests at once. Raises SoftguardError if the package openai is missing."""
+        one request; `in_flight`: requests at once.
+
+        Raises SoftguardError if the package openai is missing, or for a URL that its client does not take.
+        """
         try:
             from openai import OpenAI
         except ImportError as error:
@@ -51,7 +54,10 @@ class RemoteGuard:
         self.kind, self.model, self.url, self.in_flight = kind, model, url, in_flight
         self.name = f"{kind}({model}@{urlsplit(url).netloc})"
         key = os.environ.get(KEY) or "none"  # given none, the client would take OPENAI_API_KEY
-        self._client = OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+        try:
+            self._client = OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+        except Exception as error:  # of the library that sends the client's requests, which is not always the same
+            raise SoftguardError(f"guard {self.name!r} has a URL that cannot be asked ({error}); correct it") from error
 
     @classmethod
     def from_spec(cls, spec: str) -> "RemoteGuard":
