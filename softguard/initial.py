@@ -78,7 +78,8 @@ def _lora(base: BaseModel, budget: int, seed: int) -> dict[str, Tensor]:
 def lora_shape(base: BaseModel, budget: int) -> tuple[int, tuple[str, ...]]:
     """Rank and targets of the LoRA that comes nearest to `budget` numbers from below; of equals, the one with most targets.
 
-    Targets are the attention's linear layers, one after another, or all linear layers of the decoder.
+    Targets are the attention's linear layers, one after another, or all linear layers of the decoder. More rank than a layer's
+    width would add nothing to it.
     Raises SoftguardError if the budget is less than the least LoRA takes.
     """
     layers = decoder_layers(base.model)
@@ -87,7 +88,9 @@ def lora_shape(base: BaseModel, budget: int) -> tuple[int, tuple[str, ...]]:
     attention = [name.split(".")[-1] for name in linear if "attn" in name]
     choices = [tuple(attention[:n]) for n in range(1, len(attention) + 1)] + [tuple(sizes)]
     each = {targets: sum(sizes[t] for t in targets) for targets in choices}  # numbers of one rank
-    size, _, rank, targets = max((budget // n * n, len(targets), budget // n, targets) for targets, n in each.items())
+    width = min(min(m.in_features, m.out_features) for m in linear.values())
+    ranks = {targets: min(budget // n, width) for targets, n in each.items()}
+    size, _, rank, targets = max((ranks[targets] * n, len(targets), ranks[targets], targets) for targets, n in each.items())
     if not size:
         least = min(each.values())
         raise SoftguardError(f"distil.budget is {budget}; the least LoRA of {base.name!r} has {least:,} numbers")

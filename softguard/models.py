@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from softguard.config import ModelConfig
 from softguard.errors import SoftguardError
 from softguard.gguf_files import bar_on_terminals, read_once
 from softguard.kernels import Head
@@ -78,6 +79,13 @@ class BaseModel:
         return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id)
 
 
+def base_of(config: ModelConfig) -> BaseModel:
+    """The base model of a recipe, on as many threads as it names. Raises SoftguardError as `load_base` does."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return load_base(config.name, config.dtype, config.device, config.quantize)
+
+
 def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "auto", quantize: str = "none") -> BaseModel:
     """Load a base model, frozen and in evaluation mode.
 
@@ -86,8 +94,8 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     `device`: auto, cpu, cuda, …; auto is this process's GPU under `accelerate launch`.
     `quantize`: none, q8_0, q4_0 or q4_1: round the decoder's linear weights to that format of GGUF files and keep the rounded
     values in `dtype`: what a device with such weights computes, to be trained and measured here.
-    Raises SoftguardError when it is missing, not a causal language model, of a make that is not supported, or only has pickled
-    weights.
+    Raises SoftguardError when it is missing, not a causal language model, of a make that is not supported, only has pickled
+    weights, or has weights that cannot be rounded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -116,7 +124,7 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     finally:
         logging.set_verbosity(verbosity)
     if quantize != "none":
-        _round(model, quantize)
+        _round(model, quantize, spec)
     try:
         model = model.to(device).eval().requires_grad_(False)
         identity = fingerprint(model)
@@ -128,15 +136,30 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     return base
 
 
-def _round(model: Any, quantize: str) -> None:
-    """Replace the decoder's linear weights by what they are in a GGUF file of that quantisation."""
-    from gguf import GGMLQuantizationType
+def _round(model: Any, quantize: str, spec: str) -> None:
+    """Replace the decoder's linear weights by what they are in a GGUF file of that quantisation.
+
+    Raises SoftguardError for experts that are kept in other modules, or a layer whose width is no multiple of a block's.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
     from gguf.quants import quantize as quantise
 
     kind = GGMLQuantizationType[quantize.upper()]
-    for module in model.get_decoder().modules():
+    block, _ = GGML_QUANT_SIZES[kind]
+    for name, module in model.get_decoder().named_modules():
+        own = module.parameters(recurse=False)
+        if any(weight.dim() > 2 for weight in own) and not isinstance(module, torch.nn.modules.conv._ConvNd):
+            raise SoftguardError(
+                f"model.quantize is {quantize}, which rounds linear layers alone, but {name} of {spec!r} keeps weights of "
+                "several experts as one; give a GGUF file of that quantisation as model.name instead"
+            )
         if isinstance(module, torch.nn.Linear):
+            if module.in_features % block:
+                raise SoftguardError(
+                    f"model.quantize is {quantize}, which rounds blocks of {block} numbers, but {name} of {spec!r} has rows of "
+                    f"{module.in_features}; leave it out"
+                )
             rounded = dequantize(quantise(module.weight.detach().float().numpy(), kind), kind)
             module.weight.data = torch.from_numpy(rounded).to(module.weight.dtype)
 

@@ -139,3 +139,27 @@ def test_quantised_weights_have_few_levels_a_block_and_are_another_model(
             assert ((kept - blocks).abs().amax(-1) / widest).max() > 0
     assert rounded.fingerprint != full.fingerprint
     assert torch.equal(rounded.model.lm_head.weight, full.model.lm_head.weight)  # as on devices, the head keeps its precision
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("Mixtral", {"num_local_experts": 2}, "keeps weights of several experts as one; give a GGUF file"),
+        ("Llama", {"intermediate_size": 40}, "layers.0.mlp.down_proj of .* has rows of 40; leave it out"),
+    ],
+)
+def test_weights_that_would_stay_as_they_are_are_not_called_quantised(
+    family: str, changes: dict[str, int], words: str, base: BaseModel, tmp_path: Path
+) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        **{
+            "vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, **changes,
+        }
+    )  # fmt: skip
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SoftguardError, match=words):
+        load_base(str(tmp_path), quantize="q4_0")
