@@ -7,7 +7,7 @@ from pathlib import Path
 
 from softguard.config import Recipe, dump_recipe, load_recipe
 from softguard.corpus import check_teaching, teach
-from softguard.distill import check_distil, distil, steps_of
+from softguard.distill import check_distil, distil
 from softguard.engine import Engine
 from softguard.evaluation import check_evaluation, evaluate
 from softguard.files import write_text
@@ -30,7 +30,7 @@ def demo_plan(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) ->
     check_distil(recipe, out / "adapter", base)
     counts = check_teaching(recipe, out / "corpus", engine, system)
     return (
-        f"demo: teach on {counts['train']:,} prompts of {recipe.teach.prompts}, distil {steps_of(recipe)} steps, "
+        f"demo: teach on {counts['train']:,} prompts of {recipe.teach.prompts}, distil {recipe.distil.taken_steps} steps, "
         f"evaluate {', '.join(f'{suite.name} ({len(suite.prompts):,})' for suite in suites)} "
         "each; 15 to 20 minutes on two cores, about 6 where they have AMX; up to 5 GB of caches on disk"
     )
@@ -45,7 +45,7 @@ def demo(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -> str:
     demo_plan(recipe, out, base, system)  # for what it raises
     with Bars() as bars:
         corpus = teach(recipe, out / "corpus", base, system, bars)
-    with Steps(steps_of(recipe)) as steps:
+    with Steps(recipe.distil.taken_steps) as steps:
         adapter = distil(recipe, corpus, out / "adapter", base, steps)
     write_text(out / "recipe.yaml", dump_recipe(recipe))  # now that the folder is known to be this recipe's
     path = out / "adapter" / "log.jsonl"
@@ -57,6 +57,5 @@ def demo(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -> str:
     prompts = {suite.name: list(suite.prompts) for suite in results.suites}
     answers = {str(name): texts for name, texts in results.answers.items()}
     lines = [json.loads(line) for line in log.splitlines()]
-    refusals = system.policy.refusals
-    write_report(contract, answers, prompts, refusals, lines, dump_recipe(recipe), out / "report.html")
-    return f"{table(contract)}\n\n{examples(contract, answers, prompts, refusals)}\n\nreport: {out / 'report.html'}"
+    write_report(contract, answers, prompts, results.refusals, lines, dump_recipe(recipe), out / "report.html")
+    return f"{table(contract)}\n\n{examples(contract, answers, prompts, results.refusals)}\n\nreport: {out / 'report.html'}"

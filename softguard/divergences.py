@@ -54,7 +54,7 @@ def refusal_mixture(log_p: Tensor, weight: Tensor, token: Tensor) -> Tensor:
     with S-ratios 1: exact for a prompt guard, and for a response guard where the next token says nothing of safety.
     """
     w = weight[..., None]
-    kept = log_p + torch.log1p(-w.clamp(max=1 - 1e-12))
+    kept = log_p + torch.log1p(-w)
     at_token = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, token[..., None], True)
     return torch.where(at_token, torch.logaddexp(kept, w.clamp(min=1e-30).log().expand_as(kept)), kept)
 

@@ -31,6 +31,7 @@ import torch
 
 from softguard import stats
 from softguard.adapters import Adapter
+from softguard.chat import Chat
 from softguard.config import Recipe, fingerprint
 from softguard.cost import Cost, measure_cost, versions
 from softguard.drift import measure_drift, mixture_drift
@@ -85,6 +86,7 @@ class Results:
     seed: int
     versions: dict[str, str]
     suites: tuple[Suite, ...]
+    refusals: tuple[str, ...]  # see `refusals_of`
     answers: dict[System, dict[str, list[str]]]
     outcomes: tuple[Outcomes, ...]
 
@@ -153,6 +155,7 @@ def evaluate(
         recipe.seed,
         {**versions(), "precision": base.precision, "device": base.device.type},
         tuple(suites),
+        run.refusals,
         answers,
         tuple(run.outcomes),
     )
@@ -167,6 +170,13 @@ def engines_of(base: BaseModel, adapter: Adapter | None) -> dict[System, Engine]
     if adapter is not None:
         engines["distilled"] = Engine(base, adapter)
     return engines
+
+
+def refusals_of(system: SafeSystem, chat: Chat, max_new_tokens: int) -> tuple[str, ...]:
+    """The system's refusals: whole, as it says them itself, and as far as a model comes with them in so many tokens."""
+    whole = system.policy.refusals
+    cut = (chat.decode(chat.plain_ids(refusal)[:max_new_tokens]) for refusal in whole)
+    return tuple(dict.fromkeys(refusal for refusal in (*whole, *cut) if refusal))
 
 
 def check_evaluation(
@@ -214,6 +224,7 @@ class _Run:
     ) -> None:
         self.recipe, self.out, self.system, self.base, self.progress = recipe, out, system, base, progress
         self.adapter, self.engines = adapter, engines
+        self.refusals = refusals_of(system, engines["base"].chat, recipe.evaluate.max_new_tokens)
         self.methods: dict[System, str] = {
             "base": "base",
             "safe_system": f"{system.config.mode} guard, {system.config.decision}",
@@ -316,8 +327,7 @@ class _Run:
     ) -> list[Row]:
         """Figures of every system on one suite of answers; one that begins as a refusal of the system is one by any wording."""
         rows = []
-        refusals = self.system.policy.refusals
-        refused = {name: [declines(text, refusals) for text in texts] for name, texts in answers.items()}
+        refused = {name: [declines(text, self.refusals) for text in texts] for name, texts in answers.items()}
         if suite.measure == "over_refusal":
             rows = [self._share_row(name, suite, "over_refusal", hits) for name, hits in refused.items()]
             if "distilled" in refused:

@@ -250,6 +250,21 @@ def test_a_question_that_a_gate_refuses_is_not_answered(
     assert right(tmp_path / "refused", 0.0, -1.0) == [0.0, answered[1]]
 
 
+def test_a_refusal_that_is_cut_short_is_one(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
+    refusal = "Alas, of such things I must keep silent for ever and ever."  # no phrase that rules know
+    wanted = replace(recipe, system=replace(recipe.system, refusal=refusal))
+    gate = replace(random_adapter(small, "gate"), facts={"refusal": refusal, "bias": 1e9})
+    results = run(wanted, tmp_path / "out", small, gate)
+    said = results.answers["distilled"]["asked-harmful"][0]
+    assert refusal.startswith(said)
+    assert said != refusal
+    shares = {r.system: r.value for r in results.rows if (r.suite, r.metric) == ("asked-harmful", "refusal")}
+    assert shares == {"base": 0, "safe_system": 1, "distilled": 1}
+    found = results.find("distilled", "asked-benign", "over_refusal")
+    assert found is not None
+    assert found.value == 1
+
+
 def test_an_adapter_of_another_guard_is_not_measured_against_this_system(
     recipe: Recipe, tmp_path: Path, small: BaseModel, adapter: Adapter
 ) -> None:
