@@ -113,8 +113,10 @@ class Answers:
     all: list[Example]
     fingerprint: str = ""
     manifest: Mapping[str, Any] = field(
-        default_factory=lambda: {"guard": "", "guard_fingerprint": "", "policy": False, "refusals": ["No."], "threshold": None}
-    )
+        default_factory=lambda: {
+            "guard": "", "guard_fingerprint": "", "policy": False, "refusals": ["No."], "threshold": None, "precision": ""
+        }
+    )  # fmt: skip
 
     def examples(self, split: str, indices: list[int], caches: bool = False) -> list[Example]:
         return [self.all[i] for i in indices]

@@ -19,9 +19,10 @@ from softguard.corpus import teach
 from softguard.distill import distil
 from softguard.evaluation import evaluate
 from softguard.files import write_json, write_text
-from softguard.models import load_base
+from softguard.models import base_of
 from softguard.progress import Bars, Steps
 from softguard.released import FOLDER
+from softguard.suites import load_suites
 from softguard.system import SafeSystem
 
 _LIMIT = 200_000  # bytes of all files of one adapter together
@@ -39,11 +40,12 @@ def main() -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     asked = load_recipe(options.recipe, [*options.overrides, f"evaluate.suites={[*recipe.evaluate.suites, *public]}"])
     work, name = Path("runs/released") / options.recipe.stem, options.recipe.stem
-    base, system = load_base(recipe.model.name, recipe.model.dtype), SafeSystem.from_config(recipe.system)
+    load_suites(asked.evaluate.suites, asked.evaluate.split, asked.evaluate.limit)  # before anything is trained for nothing
+    base, system = base_of(recipe.model), SafeSystem.from_config(recipe.system)
     if not options.measure:
         with Bars() as bars:
             corpus = teach(recipe, work / "corpus", base, system, bars)
-        with Steps(recipe.distil.steps) as steps:
+        with Steps(recipe.distil.taken_steps) as steps:
             distil(recipe, corpus, work / "adapter", base, steps)
     adapter = Adapter.load(FOLDER / name if options.measure else work / "adapter", base)
     with Bars() as bars:

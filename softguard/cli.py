@@ -151,14 +151,10 @@ def _recipe(options: argparse.Namespace) -> "Recipe":
 
 
 def _base(recipe: "Recipe") -> "BaseModel":
-    import torch
+    from softguard.models import base_of
 
-    from softguard.models import load_base
-
-    if recipe.model.threads:
-        torch.set_num_threads(recipe.model.threads)
     print(f"loading {recipe.model.name} …", file=sys.stderr)
-    return load_base(recipe.model.name, recipe.model.dtype, recipe.model.device, recipe.model.quantize)
+    return base_of(recipe.model)
 
 
 def _system(recipe: "Recipe") -> "SafeSystem":
@@ -185,7 +181,7 @@ def _teach(options: argparse.Namespace) -> None:
 def _distil(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     from softguard.corpus import Corpus
-    from softguard.distill import Step, distil
+    from softguard.distill import Step, check_run, distil
     from softguard.estimate import distil_plan
     from softguard.progress import Steps
     from softguard.tracking import Tracker
@@ -196,8 +192,9 @@ def _distil(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(distil_plan(recipe, corpus, options.out, base))
         return
+    check_run(recipe, corpus, options.out, base)  # before a tracker begins a run
     with ExitStack() as open_:
-        listeners: list[Callable[[Step], None]] = [open_.enter_context(Steps(recipe.distil.steps))]
+        listeners: list[Callable[[Step], None]] = [open_.enter_context(Steps(recipe.distil.taken_steps))]
         if options.track:
             listeners.append(open_.enter_context(Tracker(options.track, options.out, recipe)))
 
@@ -306,12 +303,11 @@ def _guard_fit(options: argparse.Namespace) -> None:
 def _guard_score(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     from softguard.guards import load_guard
-    from softguard.guards.score import score_file
-    from softguard.prompts import read_rows
+    from softguard.guards.score import check_scoring, score_file
 
     guard = load_guard(recipe.system.guard)
     if options.dry_run:
-        count = sum(1 for _ in read_rows(str(options.data)))
+        count = check_scoring(options.data, options.out)
         print(f"guard score: would write {count:,} rows with p_safe by {guard.name} to {options.out}")
         return
     count = score_file(guard, options.data, options.out)

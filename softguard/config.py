@@ -106,6 +106,11 @@ class DistilConfig:
     checkpoint_every: int = 20  # steps
 
     @property
+    def taken_steps(self) -> int:
+        """Steps the adapter is trained for: none of a text."""
+        return 0 if self.adapter == "text" else self.steps
+
+    @property
     def weights(self) -> tuple[float, float]:
         """Of the safe branch, and λ: as set, else those that docs/findings.md found for the objective, else 1.
 

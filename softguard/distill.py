@@ -21,6 +21,7 @@ from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.config import Recipe, fingerprint
 from softguard.corpus import Corpus, Example
+from softguard.engine import Engine
 from softguard.errors import DivergedError, SoftguardError
 from softguard.files import check_folder, read_json, write_file, write_json, write_text
 from softguard.guards import Guard, load_guard
@@ -62,12 +63,12 @@ def distil(
     Every line of `out/log.jsonl` is also given to `progress`. `guard`: instead of the recipe's, for objectives that ask it
     while they train. Under `accelerate launch` every process takes a share of each batch. A text, and with distil.steps 0 any
     adapter, is saved as it starts.
-    Raises SoftguardError as `check_distil` does, or if the corpus is another model's or lacks the responses the adapter learns
-    from, `out` holds another recipe's run, or the guard fails, and DivergedError if the loss is no longer finite.
+    Raises SoftguardError as `check_run` does, or if the corpus is another model's or the guard fails, and DivergedError if the
+    loss is no longer finite.
     """
     corpus = Corpus.open(corpus.folder, base)
-    _check(recipe, corpus, out, base)
-    if steps_of(recipe):
+    check_run(recipe, corpus, out, base)
+    if recipe.distil.taken_steps:
         return _Trainer(recipe, corpus, out, base, guard).run(progress)
     from accelerate import PartialState
 
@@ -79,38 +80,46 @@ def distil(
     return Adapter.load(out, base)
 
 
-def steps_of(recipe: Recipe) -> int:
-    """Steps its adapter is trained for: none of a text."""
-    return 0 if recipe.distil.adapter == "text" else recipe.distil.steps
-
-
 def check_distil(recipe: Recipe, out: Path, base: BaseModel) -> None:
     """What can be told before there is a corpus.
 
-    Raises SoftguardError for an unknown objective, one that a gate cannot learn, an adapter that the model cannot start, or a
-    folder that cannot be written.
+    Raises SoftguardError as `check_objective` does, for an adapter that the model cannot start or run, or a folder that cannot
+    be written.
     """
     check_folder(out)
+    check_objective(recipe)
     wanted = recipe.distil
-    if steps_of(recipe):
+    if wanted.n_soft >= base.context and wanted.adapter in ("soft_prompt", "kv_prefix", "gate"):
+        raise SoftguardError(f"distil.n_soft is {wanted.n_soft}; {base.name!r} reads {base.context} tokens in all, lower it")
+    if wanted.adapter != "steering":  # which starts from the corpus
+        facts = {"refusal": recipe.system.refusal, "members": wanted.members}  # which a gate needs
+        Engine(base, replace(initial_adapter(base, wanted, [], []), facts=facts))
+
+
+def check_objective(recipe: Recipe) -> None:
+    """Raises SoftguardError for an unknown objective, or one that a gate cannot learn. Without steps there is none."""
+    wanted = recipe.distil
+    if wanted.taken_steps:
         if wanted.objective not in ON_POLICY:
             find_objective(wanted.objective, ON_POLICY)
         if wanted.adapter == "gate":
             _check_gate(recipe)
-    if wanted.adapter != "steering":  # which starts from the corpus
-        initial_adapter(base, wanted, [], [])
 
 
-def _check(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> None:
-    """Raises SoftguardError as `check_distil` does, for a corpus the adapter cannot learn from, or another run's folder."""
+def check_run(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> None:
+    """What can be told before anything is trained.
+
+    Raises SoftguardError as `check_distil` does, for a corpus that lacks the responses the adapter learns from, or if `out`
+    holds a run of other settings.
+    """
     check_distil(recipe, out, base)
     adapter = recipe.distil.adapter
-    if steps_of(recipe) and adapter != "gate" and not corpus.examples("train", [0])[0].responses[0].ids:
+    if recipe.distil.taken_steps and adapter != "gate" and not corpus.examples("train", [0])[0].responses[0].ids:
         raise SoftguardError(
             f"corpus {corpus.folder} holds no responses, which a {adapter} learns from; teach again with teach.max_new_tokens "
             "above 0"
         )
-    if steps_of(recipe) and adapter == "gate" and corpus.manifest["policy"]:
+    if recipe.distil.taken_steps and adapter == "gate" and corpus.manifest["policy"]:
         raise SoftguardError(f"corpus {corpus.folder} was taught with a system.policy {_ONE_REFUSAL}")
     for name, what in (("softguard.json", "adapter"), ("checkpoint/state.json", "checkpoint")):
         if (out / name).is_file() and read_json(out / name, what).get("settings") != _settings(recipe, corpus, base):
@@ -124,8 +133,8 @@ def time_step(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> flo
 
     Raises SoftguardError as `distil` does.
     """
-    _check(recipe, corpus, out, base)
-    if not steps_of(recipe):
+    check_run(recipe, corpus, out, base)
+    if not recipe.distil.taken_steps:
         return 0.0
     trainer = _Trainer(recipe, corpus, out, base)
     batches = _batches(corpus.refusal_rates("train"), recipe.distil.batch_size, recipe.seed)
@@ -260,7 +269,8 @@ class _Trainer:
         return {name: tensor.detach().clone() for name, tensor in self.student.tensors.items()}
 
     def _examples(self, split: str, indices: list[int]) -> list[Example]:
-        return self.corpus.examples(split, indices, caches=self.student.kind == "gate")
+        alike = self.corpus.manifest["precision"] == self.base.precision  # caches of another are not this base's
+        return self.corpus.examples(split, indices, caches=self.student.kind == "gate" and alike)
 
     def _train_step(self, indices: list[int], epoch: int) -> Step:
         examples = sorted(self._examples("train", indices), key=lambda e: len(e.prompt))

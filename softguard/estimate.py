@@ -9,7 +9,7 @@ from typing import NamedTuple
 from softguard.adapters import Adapter
 from softguard.config import Recipe
 from softguard.corpus import Corpus, check_teaching
-from softguard.distill import steps_of, time_step
+from softguard.distill import time_step
 from softguard.engine import Engine
 from softguard.evaluation import check_evaluation, engines_of
 from softguard.judges import GuardJudge, Judge
@@ -52,7 +52,7 @@ def teach_seconds(recipe: Recipe, base: BaseModel, system: SafeSystem, texts: li
 
 def distil_plan(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> str:
     """What `distil` would train and roughly how long it would take. Checks what `distil` does."""
-    steps = steps_of(recipe)
+    steps = recipe.distil.taken_steps
     seconds = time_step(recipe, corpus, out, base) * steps
     return (
         f"distil: {steps} steps of {recipe.distil.batch_size} prompts from a corpus of "

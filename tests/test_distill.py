@@ -365,6 +365,8 @@ def test_what_a_gate_cannot_learn_is_told_before_training(
         (["distil.adapter=gate", "system.policy.medicine.refusal=Ask a doctor."], "system.policy is set"),
         (["distil.init_text=''"], "init_text is empty"),
         (["distil.adapter=lora", "distil.budget=1"], "distil.budget is 1"),
+        (["distil.n_soft=512"], "distil.n_soft is 512; .* reads 512 tokens in all, lower it"),
+        (["distil.n_soft=1000000000"], "lower it"),
     ],
 )
 def test_what_needs_no_corpus_to_be_told_is_told_without_one(
@@ -372,6 +374,27 @@ def test_what_needs_no_corpus_to_be_told_is_told_without_one(
 ) -> None:
     with pytest.raises(SoftguardError, match=words):
         check_distil(recipe(prompts, *changes), tmp_path / "out", small)
+
+
+@pytest.mark.parametrize("changes", [["distil.adapter=text"], ["distil.slot=system"], ["distil.slot=system", "distil.steps=0"]])
+def test_an_adapter_in_a_message_that_the_template_has_not_is_told_without_a_corpus(
+    changes: list[str], prompts: Path, small: BaseModel, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(small.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}[end]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    with pytest.raises(SoftguardError, match="system message"):
+        check_distil(recipe(prompts, *changes), tmp_path / "out", replace(small, tokenizer=tokenizer))
+
+
+def test_caches_of_another_precision_are_not_taken(prompts: Path, small: BaseModel, tmp_path: Path) -> None:
+    wanted = recipe(prompts, "teach.keep_caches=true", "distil.adapter=gate")
+    coarse = load_base(small.name, dtype="bfloat16")
+    made = teach(wanted, tmp_path / "corpus", coarse, SafeSystem.from_config(wanted.system))
+    assert _Trainer(wanted, made, tmp_path / "a", coarse)._examples("train", [0])[0].cache is not None
+    assert _Trainer(wanted, made, tmp_path / "b", small)._examples("train", [0])[0].cache is None
 
 
 def test_a_gate_does_not_learn_from_a_corpus_taught_with_a_policy(prompts: Path, small: BaseModel, tmp_path: Path) -> None:

@@ -107,6 +107,10 @@ def test_without_lengths_the_common_recipe_s_is_taken_and_overrides_reach_the_gr
         ("study.adapters.kv_prefix.learning_rates=[fast]", "must be float"),
         ("study.adapters.kv_prefix.learning_rates=[1e-2, 1e-2]", "are the same"),
         ("study.adapters.kv_prefix.set=[distil.steps=0]", "no learning rate to choose"),
+        ("study.adapters={text: {learning_rates: [1e-2, 2e-2]}}", "tv, text: a text, and with"),
+        ("study.adapters.kv_prefix.set=[distil.adapter=gate]", "kl, mean, kv_prefix: distil.objective is kl-paper"),
+        ("study.rows.safe system={}", "reports would call two things 'safe system'"),
+        ("study.rows={'tv, kv_prefix': {set: [distil.steps=1]}}", "reports would call two things 'tv, kv_prefix'"),
         ("study.lengths=[]", "study.rows.one step.lengths names 8, but study.lengths is empty"),
         ("study.bases={}", "name a base"),
         ("study.bases=[a]", "must be a section"),
@@ -195,6 +199,18 @@ def test_a_task_for_a_worker_that_died_meanwhile_is_one_line() -> None:
 
     with pytest.raises(SoftguardError, match="a worker died"):
         run_tasks([Task("a", fail)], Workers(submit, 1), lambda task, error: None)
+
+
+def test_a_worker_of_a_cluster_that_died_costs_its_task_alone() -> None:
+    def submit(run: Callable[[], str]) -> "Future[str]":
+        future: Future[str] = Future()
+        future.set_exception(RuntimeError("the node\nis gone"))
+        return future
+
+    ended: list[tuple[str, str]] = []
+    tasks = [Task("a", fail), Task("b", fail)]
+    run_tasks(tasks, Workers(submit, 1), lambda task, error: ended.append((task.name, error)))
+    assert ended == [("a", "RuntimeError: the node is gone"), ("b", "RuntimeError: the node is gone")]
 
 
 # Runs -------------------------------------------------------------------------------------------------------------------
@@ -332,6 +348,47 @@ def test_a_suite_that_was_rewritten_is_asked_of_all_cells_again(done: tuple[Path
     assert asked(table) != asked(done[1])
 
 
+def test_cells_measured_otherwise_than_the_base_are_not_shown(
+    done: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill between the base's measuring anew and the cells'."""
+    from softguard import study
+
+    def gone(*_: object) -> None:
+        raise SoftguardError("killed")
+
+    suite = done[0].parent / "asked.jsonl"
+    out = shutil.copytree(done[1].parent, tmp_path / "out")
+    text = suite.read_text()
+    suite.write_text(text.replace("bomb", "bombs"))
+    monkeypatch.setattr(study, "finish", gone)
+    try:
+        with pytest.raises(SoftguardError, match="killed"):
+            run_study(load_grid(done[0]), out)
+    finally:
+        suite.write_text(text)
+    rows = read_table(out / "cells.parquet")
+    assert len(rows) == len(read_table(done[1]))
+    assert all(row["metrics"] is None for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("evaluate.judge=no.such:judge", "no.such"),
+        ("distil.init_text=''", "init_text is empty"),
+        ("study.rows.soft.set=[distil.adapter=soft_prompt, distil.n_soft=600]", "lower it"),
+    ],
+)
+def test_what_no_cell_could_run_with_is_told_before_a_corpus_is_drawn(
+    change: str, words: str, done: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SoftguardError, match=words):
+        run_study(load_grid(done[0], [change]), tmp_path / "out")
+    assert not list(tmp_path.rglob("manifest.json"))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_cells_of_a_corpus_that_was_replaced_are_not_taken_over(done: tuple[Path, Path], tmp_path: Path) -> None:
     some = load_grid(done[0], ["study.adapters={}", "study.objectives={}"])
     out = shutil.copytree(done[1].parent, tmp_path / "out")
@@ -448,6 +505,20 @@ def test_the_dry_run_lists_the_cells_and_writes_nothing(
     assert "5 of them to measure, 5 are done" in capsys.readouterr().out
     assert main(["study", str(done[0]), "--out", str(done[1].parent), "--dry-run", "--set", "model.name=some/hub-id"]) == 0
     assert "no estimate: some/hub-id" in capsys.readouterr().out
+    command = ["study", str(done[0]), "--out", str(done[1].parent), "--dry-run"]
+    assert main([*command, "--set", "system.guard=cautious(bundled, generative:zero-shot:org/guard)"]) == 0
+    assert "no estimate: org/guard of a hub" in capsys.readouterr().out
+
+
+def test_the_dry_run_of_a_row_that_its_few_prompts_do_not_let_begin_leaves_it_out(
+    done: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = ["--set", "study.rows={steered: {set: [distil.adapter=steering], seeds: [0]}}", "--set", "study.adapters={}"]
+    safe = ["--set", "system.guard=tests.guards_for_tests:half"]
+    assert main(["study", str(done[0]), "--out", str(tmp_path / "out"), "--dry-run", *kind, *safe]) == 0
+    shown = capsys.readouterr().out
+    assert "without the training of steered: the system refuses all training prompts or none" in shown
+    assert "1 of them to measure, 0 are done; about" in shown
 
 
 def test_the_command_writes_the_report_of_what_is_there(

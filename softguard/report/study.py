@@ -26,7 +26,7 @@ _WORDS = {
 _SHARES = ("harmbench", "best-rate", "trained-kind", "jailbreak", "judge", "over-refusal", "mmlu", "reasoning")  # of 100 %
 _TIMES = ("time to first token", "decoding speed")
 _PANELS = (
-    ("loss", "Training loss of the row's own objective", "loss"),
+    ("loss", "Training loss, its two branches unweighted", "loss"),
     ("refuses", "Begins a refusal where the system refuses, validation", "share"),
     ("token_tv", "Token TV to the base, validation", "TV"),
 )

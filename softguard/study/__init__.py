@@ -84,5 +84,5 @@ def study_tasks(grid: Grid, out: Path) -> list[Task]:
                 label = f"{base}, {arm.cells[0][0].row}, length {head.distil.n_soft}, seed {head.seed}"
                 own.append(Task(label, partial(finish, ground, arm, number, out), tuple(needs)))
         if own:
-            tasks += [Task(first, partial(prepare, ground)), *own]
+            tasks += [Task(first, partial(prepare, ground, [arm.cells[0][0].recipe for arm in arms])), *own]
     return tasks

@@ -11,27 +11,28 @@ done.
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from softguard.adapters import Adapter
-from softguard.config import ModelConfig, Recipe, SystemConfig, fingerprint
+from softguard.config import Recipe, SystemConfig, fingerprint
 from softguard.corpus import Corpus, teach
 from softguard.cost import flops_per_token
-from softguard.distill import distil
+from softguard.distill import check_distil, distil
+from softguard.engine import Engine
 from softguard.errors import DivergedError, SoftguardError
-from softguard.evaluation import evaluate
+from softguard.evaluation import check_evaluation, evaluate
 from softguard.files import locked, read_json, write_json
 from softguard.judges import load_judges
-from softguard.models import BaseModel, load_base
+from softguard.models import base_of
 from softguard.study.grid import Arm, Cell, Grid
 from softguard.suites import load_suites
 from softguard.system import SafeSystem
 
+_MEASURED = Path("base", "ground.json")
 CONTEXT = 512  # tokens before the one whose FLOPs are counted, as in the paper
 
 
@@ -63,15 +64,21 @@ def ground_of(arm: Arm, grid: Grid, out: Path) -> Ground:
     return Ground(grid.grounds[cell.base], out / cell.place.parts[0])
 
 
-def prepare(ground: Ground) -> None:
-    """Draw the corpus of a base and its own answers. Raises SoftguardError as `teach` and `evaluate` do."""
+def prepare(ground: Ground, recipes: Sequence[Recipe]) -> None:
+    """Draw the corpus of a base and its own answers, once all that its cells will need is checked; `recipes`: one a row.
+
+    Raises SoftguardError as `check_distil`, `teach` and `evaluate` do.
+    """
     with locked(ground.folder / ".lock"):
         base, system = _loaded(ground.recipe.model), _system(ground.recipe.system)
+        engines, judges = [Engine(base)], load_judges(ground.recipe.evaluate)
+        check_evaluation(ground.recipe, ground.folder / "base", system, None, engines, judges)
+        for recipe in recipes:
+            check_distil(recipe, ground.folder, base)
         teach(ground.recipe, ground.folder / "corpus", base, system)
-        seal = ground.folder / "base" / "ground.json"
-        if not seal.is_file() or read_json(seal, "ground") != ground.measuring:
-            evaluate(ground.recipe, ground.folder / "base", base, system)
-            write_json(seal, ground.measuring)
+        if _base_measured(ground) != ground.measuring:
+            evaluate(ground.recipe, ground.folder / "base", base, system, None, judges)
+            write_json(ground.folder / _MEASURED, ground.measuring)
 
 
 def attempt(ground: Ground, cell: Cell, folder: Path) -> None:
@@ -159,6 +166,21 @@ def is_finished(ground: Ground, arm: Arm, number: int, out: Path) -> bool:
     return is_trained(cell, folder) and _is_measured(ground, read_json(folder / "cell.json", "cell"))
 
 
+def is_like_base(ground: Ground, seal: dict[str, Any]) -> bool:
+    """Whether the cell of a seal was measured by the ground's recipe, and as the base's own answers were.
+
+    Neither prompts nor judges are loaded for it.
+    """
+    asked = {**_base_measured(ground), "evaluation": evaluation_of(ground.recipe)}
+    return all(seal.get(key) == value for key, value in asked.items())
+
+
+def _base_measured(ground: Ground) -> dict[str, str | None]:
+    """`Ground.measuring` when the base's own answers were measured; empty before."""
+    path = ground.folder / _MEASURED
+    return read_json(path, "ground") if path.is_file() else {}
+
+
 def evaluation_of(recipe: Recipe) -> str:
     """Identity of how a base's cells are measured, by the names in its recipe; `recipe` is the ground's."""
     return fingerprint(recipe.model, recipe.system, recipe.evaluate, recipe.seed)
@@ -193,11 +215,7 @@ def _corpus(folder: Path) -> str | None:
     return read_json(path, "corpus").get("fingerprint") if path.is_file() else None
 
 
-@lru_cache(maxsize=1)  # a worker's cells come base by base
-def _loaded(config: ModelConfig) -> BaseModel:
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    return load_base(config.name, config.dtype, config.device, config.quantize)
+_loaded = lru_cache(maxsize=1)(base_of)  # a worker's cells come base by base
 
 
 def _system(config: SystemConfig) -> SafeSystem:

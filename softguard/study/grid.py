@@ -108,8 +108,7 @@ class Grid:
 
 def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     """Read a study recipe. Raises SoftguardError for an unknown key or name, a wrong type, or a grid without cells."""
-    from softguard.objectives import find_objective
-    from softguard.rollouts import ON_POLICY
+    from softguard.distill import check_objective
 
     values = overridden(read_values(path), overrides)
     study = build(StudyRecipe, values).study
@@ -135,17 +134,21 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
                         for seed in seeds
                     )
                 )
-                if arm.trials and not arm.trials[0].recipe.distil.steps:
+                if arm.trials and not arm.trials[0].recipe.distil.taken_steps:
                     raise SoftguardError(
-                        f"{row}: with distil.steps 0 there is no learning rate to choose; leave learning_rates out"
+                        f"{row}: a text, and with distil.steps 0 any adapter, has no learning rate to choose; leave "
+                        "learning_rates out, or put it under study.rows"
                     )
                 if arm.cells:
                     arms.append(arm)
     if not arms:
         raise SoftguardError(f"the grid of {path} has no cells; name study.adapters with study.objectives, or study.rows")
-    for name in dict.fromkeys(arm.cells[0][0].recipe.distil.objective for arm in arms):
-        if name not in ON_POLICY:
-            find_objective(name, ON_POLICY)
+    for arm in arms:
+        cell = arm.cells[0][0]
+        try:
+            check_objective(cell.recipe)
+        except SoftguardError as error:
+            raise SoftguardError(f"{cell.row}: {error}") from error
     _check_places(cell for arm in arms for cells in arm.cells for cell in cells)
     return Grid(grounds, tuple(arms), study.pareto)
 
@@ -179,7 +182,9 @@ def _recipe(common: dict[str, object], where: str, overrides: Sequence[str]) -> 
 
 
 def _check_names(study: GridConfig) -> None:
-    """Raises SoftguardError for a part that names what the study does not have, or changes more than the training."""
+    """Raises SoftguardError for a part that names what the study does not have, or changes more than the training, and for rows
+    of one name, or of one that reports give to the base and the safe system.
+    """
     parts = {
         f"study.{section}.{name}": part
         for section in ("adapters", "objectives", "rows")
@@ -205,6 +210,9 @@ def _check_names(study: GridConfig) -> None:
                     f"{where}.set has {override!r}; it may change distil alone, since the cells of a base share all else: "
                     "put it into the common sections, or make it a base of its own"
                 )
+    names = ["base", "safe system", *(row for row, _, _ in _rows(study))]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SoftguardError(f"reports would call two things {twice[0]!r}; rename that row of the study")
 
 
 def _check_places(cells: Iterable[Cell]) -> None:

@@ -1,16 +1,19 @@
 """What a study would run and roughly how long it would take; checks all that can be checked without a network."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from softguard.config import Recipe
 from softguard.corpus import teach
-from softguard.distill import time_step
+from softguard.distill import check_distil, time_step
+from softguard.errors import SoftguardError
 from softguard.estimate import minutes, pace_of, teach_seconds
 from softguard.judges import load_judges
-from softguard.models import DEMO_MODEL, load_base
-from softguard.prompts import read_prompts
+from softguard.models import DEMO_MODEL, base_of
+from softguard.prompts import read_prompts, thin
 from softguard.study.cells import ground_of, is_finished
 from softguard.study.grid import Arm, Grid
 from softguard.suites import Suite, load_suites
@@ -28,18 +31,20 @@ def study_plan(grid: Grid, out: Path, workers: int) -> str:
     for base, recipe in grid.grounds.items():
         arms = [arm for arm in grid.arms if arm.cells[0][0].base == base]
         lines += [f"{base}: {recipe.model.name}", *(f"  {_line(arm)}" for arm in arms)]
-        suites = [name for name in recipe.evaluate.suites if not name.startswith("hub:")]
-        loaded = load_suites(suites, recipe.evaluate.split, recipe.evaluate.limit)
+        evaluate = recipe.evaluate
+        suites = [name for name in evaluate.suites if not name.startswith("hub:")]
+        loaded = load_suites(suites, evaluate.split, evaluate.limit)
+        asked = [name for name in evaluate.suites if name not in suites]
+        asked += [name for judge in (evaluate.judge, *evaluate.other_judges) for name in _models_of_hub(judge)]
+        if not asked:
+            done += sum(_done(arm, grid, out) for arm in arms)
         away = [name for name in (recipe.teach.prompts, recipe.teach.validation) if name.startswith("hub:")]
-        away += [name for name in recipe.evaluate.suites if name not in suites]
-        if recipe.model.name != DEMO_MODEL and not Path(recipe.model.name).exists():
-            away.append(recipe.model.name)
+        away += [*asked, *_models_of_hub(recipe.system.guard), *([recipe.model.name] if _is_of_hub(recipe.model.name) else [])]
         if away:
             lines.append(f"  no estimate: {', '.join(dict.fromkeys(away))} of a hub would be looked up")
             continue
-        done += sum(_done(arm, grid, out) for arm in arms)
-        seconds = _seconds(recipe, arms, loaded)
-        lines.append(f"  about {minutes(seconds)} of one worker")
+        seconds, notes = _seconds(recipe, arms, loaded)
+        lines += [*notes, f"  about {minutes(seconds)} of one worker"]
         total += seconds
     measured = sum(len(arm.cells) for arm in grid.arms)
     trained = measured + sum(len(arm.trials) - 1 for arm in grid.arms if arm.trials)
@@ -49,14 +54,23 @@ def study_plan(grid: Grid, out: Path, workers: int) -> str:
     return "\n".join(lines)
 
 
+def _is_of_hub(model: str) -> bool:
+    return model != DEMO_MODEL and not Path(model).exists()
+
+
+def _models_of_hub(guard: str) -> list[str]:
+    """The models of a hub that a guard's name has in it."""
+    return [model for model in re.findall(r"generative:[^:,()]+:([^,()\s]+)", guard) if _is_of_hub(model)]
+
+
 def _line(arm: Arm) -> str:
     first = arm.cells[0][0]
     rates = ", ".join(f"{cell.recipe.distil.learning_rate:g}" for cell in arm.cells[0])
     seeds = ", ".join(str(cells[0].recipe.seed) for cells in arm.cells)
     distil = first.recipe.distil
-    if not distil.steps:
+    if not distil.taken_steps:
         return f"{first.row}, length {distil.n_soft}: not trained"
-    return f"{first.row}, length {distil.n_soft}: {distil.steps} steps, rates {rates}, seeds {seeds}"
+    return f"{first.row}, length {distil.n_soft}: {distil.taken_steps} steps, rates {rates}, seeds {seeds}"
 
 
 def _done(arm: Arm, grid: Grid, out: Path) -> int:
@@ -64,21 +78,33 @@ def _done(arm: Arm, grid: Grid, out: Path) -> int:
     return sum(is_finished(ground, arm, number, out) for number in range(len(arm.cells)))
 
 
-def _seconds(recipe: Recipe, arms: list[Arm], suites: list[Suite]) -> float:
-    """Seconds of all cells of a base, from a few prompts and two steps of every arm."""
-    model = recipe.model
-    base, system = load_base(model.name, model.dtype, model.device, model.quantize), SafeSystem.from_config(recipe.system)
+def _seconds(recipe: Recipe, arms: list[Arm], suites: list[Suite]) -> tuple[float, list[str]]:
+    """Seconds of all cells of a base, from a few prompts and two steps of every arm, and which arms they leave out.
+
+    Raises SoftguardError for an adapter that cannot be trained whatever the prompts.
+    """
+    base, system = base_of(recipe.model), SafeSystem.from_config(recipe.system)
     wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
     texts = [prompt.text for source, limit in wanted for prompt in read_prompts(source, limit)]
     seconds = teach_seconds(recipe, base, system, texts)
     pace = pace_of(recipe, base, system, load_judges(recipe.evaluate), suites)
     seconds += pace.seconds(suites, made=1, graded=2)
     measuring = pace.seconds(suites, made=1, graded=3)  # the base's answers are kept
-    with TemporaryDirectory() as folder:
-        few = replace(recipe, teach=replace(recipe.teach, limit=_PROMPTS, validation_limit=_PROMPTS))
-        corpus = teach(few, Path(folder) / "corpus", base, system)
+    notes = []
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        sample = folder / "prompts.jsonl"
+        sample.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in thin(texts, _PROMPTS)), encoding="utf-8")
+        few = replace(recipe.teach, prompts=str(sample), validation=str(sample), limit=0, validation_limit=0)
+        corpus = teach(replace(recipe, teach=few), folder / "corpus", base, system)
         for arm in arms:
             cell = arm.cells[0][0].recipe
-            step = time_step(cell, corpus, Path(folder) / "cell", base)
-            seconds += (len(arm.cells) + max(len(arm.trials) - 1, 0)) * step * cell.distil.steps + len(arm.cells) * measuring
-    return seconds
+            check_distil(cell, folder / "cell", base)
+            seconds += len(arm.cells) * measuring
+            try:
+                step = time_step(cell, corpus, folder / "cell", base)
+            except SoftguardError as error:  # of these few prompts, such as that the system refuses none of them
+                notes.append(f"  without the training of {arm.cells[0][0].row}: {error}")
+                continue
+            seconds += (len(arm.cells) + max(len(arm.trials) - 1, 0)) * step * cell.distil.taken_steps
+    return seconds, notes

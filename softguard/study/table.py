@@ -16,7 +16,7 @@ from softguard.errors import SoftguardError
 from softguard.evaluation import read_results
 from softguard.files import locked, read_json, write_file
 from softguard.prompts import thin
-from softguard.study.cells import chosen_rate, evaluation_of, is_trained
+from softguard.study.cells import Ground, chosen_rate, evaluation_of, ground_of, is_like_base, is_trained
 from softguard.study.grid import Arm, Cell, Grid
 
 NAME = "cells.parquet"
@@ -77,7 +77,7 @@ _OWN = ("distil.learning_rate", "distil.accumulate", "distil.checkpoint_every", 
 def write_table(grid: Grid, out: Path) -> None:
     """Write `out/cells.parquet` of all cells that are trained."""
     with locked(out / ".lock"):  # another command may be at work on the same study
-        rows = [row for arm in grid.arms for row in _rows(arm, grid.grounds[arm.cells[0][0].base], out)]
+        rows = [row for arm in grid.arms for row in _rows(arm, ground_of(arm, grid, out), out)]
         write_rows(rows, out / NAME)
 
 
@@ -147,7 +147,7 @@ def _trained_by(recipe: str) -> dict[str, Any]:
     }
 
 
-def _rows(arm: Arm, ground: Recipe, out: Path) -> list[dict[str, Any]]:
+def _rows(arm: Arm, ground: Ground, out: Path) -> list[dict[str, Any]]:
     tried = [cell for cell in arm.trials if is_trained(cell, out / cell.place)]
     if arm.trials and not tried:
         return []
@@ -161,8 +161,8 @@ def _rows(arm: Arm, ground: Recipe, out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _row(cell: Cell, folder: Path, ground: Recipe | None) -> dict[str, Any]:
-    """`ground`: the recipe by which the cell was to be measured; none for a cell of a rate that was not chosen."""
+def _row(cell: Cell, folder: Path, ground: Ground | None) -> dict[str, Any]:
+    """`ground`: that by which the cell was to be measured; none for a cell of a rate that was not chosen."""
     seal, adapter = read_json(folder / "cell.json", "cell"), read_json(folder / "softguard.json", "adapter")
     distil = cell.recipe.distil
     row: dict[str, Any] = {
@@ -173,7 +173,7 @@ def _row(cell: Cell, folder: Path, ground: Recipe | None) -> dict[str, Any]:
         "settings": adapter["settings"], "steps": adapter["steps"], "validation_loss": adapter.get("validation_loss"),
         "train_seconds": seal["train_seconds"], "log": _log(folder / "log.jsonl"),
     }  # fmt: skip
-    if ground is None or seal["evaluation"] != evaluation_of(ground):
+    if ground is None or not is_like_base(ground, seal):
         return row
     results = read_results(folder / "results.json")
     outcomes = {(o["system"], o["suite"], o["metric"]): o for o in read_json(folder / "outcomes.json", "results")["outcomes"]}
@@ -183,7 +183,8 @@ def _row(cell: Cell, folder: Path, ground: Recipe | None) -> dict[str, Any]:
         metrics.append({**found, "prompts": own.get("prompts"), "outcomes": own.get("values")})
     sizes = {cost["system"]: cost["value"] for cost in results["cost"] if cost["metric"] == "parameters"}
     return row | {
-        "judge": results["judge"], "evaluation": _anywhere(ground), "versions": json.dumps(results["versions"], sort_keys=True),
+        "judge": results["judge"], "evaluation": _anywhere(ground.recipe),
+        "versions": json.dumps(results["versions"], sort_keys=True),
         "parameters": int(sizes["distilled"] - sizes["base"]), "metrics": metrics, "cost": results["cost"],
         "flops_per_token": seal["flops_per_token"], "evaluate_seconds": seal["evaluate_seconds"],
     }  # fmt: skip

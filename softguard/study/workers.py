@@ -65,7 +65,11 @@ def run_tasks(tasks: Sequence[Task], workers: Workers, told: Callable[[Task, str
                     running[workers.submit(partial(_attempt, task.run))] = task
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                end(running.pop(future), future.result())
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    raise error
+                # of a cluster, whose worker died more often than it tries again
+                end(running.pop(future), _line(error) if error is not None else future.result())
     except BrokenProcessPool as error:  # of a result, or of a task that is handed out after a worker's death
         raise SoftguardError(
             "a worker died, perhaps for want of memory; the same command goes on, with fewer --workers if need be"
@@ -96,8 +100,12 @@ def _attempt(run: Callable[[], None]) -> str:
     except SoftguardError as error:
         return str(error)
     except Exception as error:  # such as torch.OutOfMemoryError of a GPU that is shared
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        return _line(error)
     return ""
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def _here(run: Callable[[], str]) -> "Future[str]":
