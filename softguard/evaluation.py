@@ -12,8 +12,9 @@ Metrics: safety (share of answers the judge calls safe; "safety by NAME" of anot
 on the same prompts), over_refusal (share of refusals to harmless prompts), over_refusal_change (to the system's, paired),
 token_tv and token_kl (mean over the tokens of answers drawn from the base; nats for KL), perplexity_ratio (of those answers, to
 the base's), accuracy (share of questions whose right answer is the likeliest; what the system or a gate refuses is wrong),
-accuracy_change (to the base, paired), gap_closed ((distilled − base) / (system − base) safety). Intervals are 95 %, exact for
-shares, bootstrap over prompts otherwise (`stats`). `method` is "base", the system's mode, or the adapter's objective.
+accuracy_change (to the base, paired), question_refusal (share of the same questions to which the answer is a refusal),
+gap_closed ((distilled − base) / (system − base) safety). Intervals are 95 %, exact for shares, bootstrap over prompts otherwise
+(`stats`). `method` is "base", the system's mode, or the adapter's objective.
 
 Answers are kept in `answers/`, one file a system and suite, and are not made again by a later run with the same settings,
 precision and versions.
@@ -202,9 +203,8 @@ def check_evaluation(
     for engine in engines:
         for suite in suites:
             for number, prompt in enumerate(suite.prompts):
-                new = recipe.evaluate.max_new_tokens
-                if suite.choices:  # which are scored, as if they had been answered
-                    new = max(len(engine.chat.plain_ids(choice)) for choice in suite.choices[number])
+                choices = suite.choices[number] if suite.choices else ()  # which are scored, as if they had been answered
+                new = max([recipe.evaluate.max_new_tokens, *(len(engine.chat.plain_ids(choice)) for choice in choices)])
                 engine.check_fits(prompt, new, f"prompt {number + 1} of suite {suite.name}")
     return suites
 
@@ -316,6 +316,19 @@ class _Run:
             if name != "base":
                 change = [float(hit) - float(was) for hit, was in zip(hits, right["base"], strict=True)]
                 rows.append(self._mean_row(name, suite, "accuracy_change", change, stats.change))
+        return rows + self.question_refusals(suite)
+
+    def question_refusals(self, suite: Suite) -> list[Row]:
+        """Share of questions that are refused: an answer may be the likeliest of all choices, and a refusal be likelier."""
+        asked = suite._replace(name=f"{suite.name}-in-words")
+        base_texts = self.answers("base", asked)
+        rows = []
+        for name in self.systems:
+            if name == "safe_system":
+                texts = self.system.answer(suite.prompts, base_texts, self.recipe.seed)
+            else:
+                texts = base_texts if name == "base" else self.answers(name, asked, base_texts)
+            rows.append(self._share_row(name, suite, "question_refusal", [declines(text, self.refusals) for text in texts]))
         return rows
 
     def graded(

@@ -11,8 +11,7 @@ import torch
 import softguard
 from softguard.adapters import VECTORS, Adapter
 from softguard.config import Action, Recipe, load_recipe
-from softguard.cost import _PROMPT, _TOKENS, measure_cost
-from softguard.engine import Engine
+from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
 from softguard.evaluation import Results, evaluate, read_results
 from softguard.models import BaseModel, load_base
@@ -250,6 +249,27 @@ def test_a_question_that_a_gate_refuses_is_not_answered(
     assert right(tmp_path / "refused", 0.0, -1.0) == [0.0, answered[1]]
 
 
+def test_questions_that_are_refused_in_words_are_counted(
+    recipe: Recipe, tmp_path: Path, small: BaseModel, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "use.jsonl"
+    rows = [{"prompt": f"how many {what}", "answer": "1", "choices": ["1", "2"]} for what in ("boats", "kites", "bombs")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = replace(recipe, evaluate=replace(recipe.evaluate, suites=(f"choices:{path}",)))
+    plain = Engine(small).prefix.length
+
+    def says(self: Engine, prompts: Sequence[str], *_: object, **__: object) -> list[Response]:
+        refuses = self.prefix.length > plain  # the adapter's does, of kites and bombs
+        return [Response((), "I cannot help with that." if refuses and "boats" not in prompt else "1") for prompt in prompts]
+
+    monkeypatch.setattr(Engine, "generate", says)
+    results = run(wanted, tmp_path / "out", small, adapter)
+    shares = {row.system: row.value for row in results.rows if row.metric == "question_refusal"}
+    assert shares == pytest.approx({"base": 0, "safe_system": 1 / 3, "distilled": 2 / 3})
+    kept = {row.system: row.value for row in results.rows if row.metric == "accuracy"}
+    assert set(kept) == {"base", "safe_system", "distilled"}  # by the likeliest choice, in files of their own
+
+
 def test_a_refusal_that_is_cut_short_is_one(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
     refusal = "Alas, of such things I must keep silent for ever and ever."  # no phrase that rules know
     wanted = replace(recipe, system=replace(recipe.system, refusal=refusal))
@@ -283,6 +303,18 @@ def test_answers_behind_another_chat_template_are_made_again(recipe: Recipe, tmp
     assert again.outcomes == fresh.outcomes
 
 
+def test_the_token_tv_of_a_system_is_that_of_what_it_refuses(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
+    """By either threshold: nothing is refused, or everything, whose first of at most four tokens is then all another."""
+    found = []
+    for threshold in (0.01, 0.99):
+        wanted = replace(recipe, system=replace(recipe.system, threshold=threshold))
+        row = run(wanted, tmp_path / str(threshold), small).find("safe_system", "drift", "token_tv")
+        assert row is not None
+        found.append(row.value)
+    assert found[0] == pytest.approx(0, abs=1e-6)
+    assert found[1] > 0.2
+
+
 def test_only_a_system_that_reads_prompts_has_a_token_tv(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
     wanted = replace(recipe, system=replace(recipe.system, mode="response"))
     drift = [
@@ -290,25 +322,6 @@ def test_only_a_system_that_reads_prompts_has_a_token_tv(recipe: Recipe, tmp_pat
         for r in (recipe, wanted)
     ]
     assert drift == [["safe_system"], []]
-
-
-def test_a_response_guard_is_timed_on_the_whole_answer(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:
-    asked: list[str] = []
-
-    class Listening:
-        name = fingerprint = "listening"
-
-        def prompt_safety(self, prompts: Sequence[str]) -> list[float]:
-            return [1.0] * len(prompts)
-
-        def response_safety(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-            asked.extend(responses)
-            return [1.0] * len(responses)
-
-    config = replace(recipe.system, mode="response")
-    engine = Engine(small)
-    measure_cost(small, engine, SafeSystem(Listening(), config), None, None)
-    assert set(asked) == {engine.generate([_PROMPT], _TOKENS)[0].text}
 
 
 def test_two_judges_of_one_name_are_refused(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:

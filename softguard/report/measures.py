@@ -29,6 +29,7 @@ METRICS = {
     "perplexity_ratio": Metric("perplexity of the base's answers", "× the base's", 3, "nearer 1 is better"),
     "accuracy": Metric("accuracy", "%", 1, "higher is better"),
     "accuracy_change": Metric("accuracy, change from the base", "% points", 1, "nearer 0 is better"),
+    "question_refusal": Metric("questions refused", "%", 1, "lower is better"),
 }
 
 

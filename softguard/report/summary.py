@@ -21,6 +21,7 @@ _MEASURES = (
     ("gap_closed", "safety gap closed, %", 100, 0),
     ("over_refusal_change", "refused harmless prompts, less the system's, points", 100, 1),
     ("accuracy_change", "right answers, less the base's, points", 100, 1),
+    ("question_refusal", "questions refused, %", 100, 1),
     ("token_tv", "token TV to the base, %", 100, 2),
     ("perplexity_ratio", "perplexity of the base's answers, × the base's", 1, 3),
 )

@@ -1,0 +1,55 @@
+"""What systems cost, by counted operations and a counted clock."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Literal
+
+import pytest
+
+from softguard import cost
+from softguard.config import SystemConfig
+from softguard.cost import _PROMPT, _TOKENS, flops_per_token, measure_cost
+from softguard.engine import Engine
+from softguard.models import BaseModel
+from softguard.system import SafeSystem
+
+
+class Listening:
+    """A guard that keeps what it was asked of."""
+
+    name = fingerprint = "listening"
+    parameters = 1000
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def prompt_safety(self, prompts: Sequence[str]) -> list[float]:
+        self.asked += prompts
+        return [1.0] * len(prompts)
+
+    def response_safety(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        self.asked += responses
+        return [1.0] * len(responses)
+
+
+@pytest.mark.parametrize(("mode", "waited"), [("prompt", 2000), ("response", 3000)])
+def test_a_response_guard_is_waited_for_with_the_whole_answer(
+    mode: Literal["prompt", "response"], waited: float, small: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at the clock takes a second: one to the first token, one to the last, one for the guard."""
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    guard, engine = Listening(), Engine(small)
+    costs = measure_cost(small, engine, SafeSystem(guard, replace(SystemConfig(), mode=mode)), None, None)
+    found = {(c.system, c.metric): c.value for c in costs}
+    assert found["base", "time to first token"] == 1000
+    assert found["safe_system", "time to first token"] == waited
+    assert found["base", "decoding speed"] / found["safe_system", "decoding speed"] == pytest.approx(3 / 2)
+    answer = engine.generate([_PROMPT], _TOKENS)[0].text
+    assert set(guard.asked) == {_PROMPT if mode == "prompt" else answer}
+
+
+def test_a_guard_costs_two_operations_a_parameter(small: BaseModel) -> None:
+    flops = flops_per_token(small, SafeSystem(Listening(), SystemConfig()), None, 512)
+    assert flops["safe_system"] == flops["base"] + 2000
