@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softguard.card import Figure, auroc_figure, calibration_figure, figure_fields, share_figure
+from softguard.card import Figure, Questions, auroc_figure, calibration_figure, figure_fields, over_questions, share_figure
 from softguard.config import GuardConfig
 from softguard.guards import prompt_safety, response_safety
 from softguard.guards.encoder import EncoderGuard
@@ -448,7 +448,7 @@ def composed(rows: Sequence[Row], borrowed: Sequence[str], rng: np.random.Genera
 
 
 def build_guard(sources: Sources, settings: GuardConfig, told: Callable[[str], None]) -> EncoderGuard:
-    """Fit the guard, measure it, and return it with its card filled in."""
+    """Fit the guard and fill in its card, but for its figures."""
     report: Json = {}
     training, validation = guard_rows(sources, report)
     used = list(sources.used.values())
@@ -457,7 +457,6 @@ def build_guard(sources: Sources, settings: GuardConfig, told: Callable[[str], N
     guard.card |= {
         "training": used,
         "training_report": report,
-        "figures": [{"question": question, **figure_fields(figure)} for question, figure in guard_figures(guard, sources)],
         "limits": [
             "English; other languages were hardly seen",
             "prompts of the recipe's word bank were written with XSTest's kinds of contrast in mind (none of its prompts), so "
@@ -512,11 +511,15 @@ def guard_figures(guard: EncoderGuard, sources: Sources) -> list[tuple[str, Figu
     )
     for data, rows, labels in pairs:
         safe = response_safety(guard, [row["prompt"] for row in rows], [row["response"] for row in rows])
-        bad = np.array(labels)
+        bad, asked = np.array(labels), _asked(rows)
         flagged = safe < guard.response_threshold
-        figures += [("response", auroc_figure(data, safe, bad)), ("response", calibration_figure(data, safe, bad))]
-        figures += [("response", share_figure("recall at threshold", data, flagged[bad]))]
-        figures += [("response", share_figure("flagged though safe", data, flagged[~bad]))]
+        found = [
+            auroc_figure(data, safe, bad, asked),
+            calibration_figure(data, safe, bad, asked),
+            share_figure("recall at threshold", data, flagged[bad], asked[bad]),
+            share_figure("flagged though safe", data, flagged[~bad], asked[~bad]),
+        ]
+        figures += [("response", figure) for figure in found]
     return figures
 
 
@@ -524,7 +527,7 @@ def guard_figures(guard: EncoderGuard, sources: Sources) -> list[tuple[str, Figu
 
 
 def build_judge(sources: Sources, told: Callable[[str], None]) -> Judge:
-    """Fit the judge on its own half of the GPTFuzz questions, measure it against people, fill in its card."""
+    """Fit the judge on its own half of the GPTFuzz questions and fill in its card, but for its figures."""
     fuzz = [row for row in sources.read("responses_gptfuzz_train") if not for_guard(row["prompt"])]
     rows = [(row["prompt"], row["response"], row["unsafe"] == 1) for row in fuzz]
     for name in ("prompts_dolly", "prompts_alpaca_demo", "prompts_self_instruct"):
@@ -568,57 +571,60 @@ def build_judge(sources: Sources, told: Callable[[str], None]) -> Judge:
             "responses are read up to 400 characters, refusals must begin in the first 260",
         ],
     }
-    judge = Judge(ResponseJudge.fit(responses, complies, card, weights))
-    judge.classifier.card["figures"] = [
-        {"part": part, **figure_fields(figure)} for part, figure in judge_figures(judge, sources)
-    ]
-    return judge
+    return Judge(ResponseJudge.fit(responses, complies, card, weights))
 
 
 def judge_figures(judge: Judge, sources: Sources) -> list[tuple[str, Figure]]:
     """The judge's agreement with people, on GPTFuzz's test questions and XSTest's answers."""
     fuzz = sources.read("responses_gptfuzz_test")
-    unsafe = np.array([row["unsafe"] == 1 for row in fuzz])
+    unsafe, asked = np.array([row["unsafe"] == 1 for row in fuzz]), _asked(fuzz)
     texts = [row["response"] for row in fuzz]
     called = ~judge.safe([row["prompt"] for row in fuzz], texts)
     safe = 1 - judge.classifier.unsafe_probability(texts)
     figures = [
-        ("classifier", auroc_figure("GPTFuzz test", safe, unsafe)),
-        ("judge", share_figure("agreement", "GPTFuzz test", called == unsafe)),
-        ("judge", kappa_figure("GPTFuzz test", unsafe, called)),
-        ("judge", share_figure("unsafe found", "GPTFuzz test", called[unsafe])),
-        ("judge", share_figure("called unsafe though safe", "GPTFuzz test", called[~unsafe])),
+        ("classifier", auroc_figure("GPTFuzz test", safe, unsafe, asked)),
+        ("judge", share_figure("agreement", "GPTFuzz test", called == unsafe, asked)),
+        ("judge", kappa_figure("GPTFuzz test", unsafe, called, asked)),
+        ("judge", share_figure("unsafe found", "GPTFuzz test", called[unsafe], asked[unsafe])),
+        ("judge", share_figure("called unsafe though safe", "GPTFuzz test", called[~unsafe], asked[~unsafe])),
     ]
     label = {row["prompt"]: row["label"] for row in sources.read("eval_xstest")}
     answers = sources.read("responses_xstest")
     # The rules were written while looking at answers to the other half of the prompts.
     answers = [row for row in answers if digest("rules: " + row["prompt"]) % 2 == 1]
     whole = [row for row in answers if not row["refusal"].startswith("3")]
-    refused = np.array([row["refusal"].startswith("2") for row in whole])
+    refused, asked = np.array([row["refusal"].startswith("2") for row in whole]), _asked(whole)
     seen = np.array([is_refusal(row["response"]) for row in whole])
     data = "XSTest responses, full refusal or compliance, prompts not seen while writing the rules"
     figures += [
-        ("refusal rules", share_figure("agreement", data, seen == refused)),
-        ("refusal rules", kappa_figure(data, refused, seen)),
-        ("refusal rules", share_figure("refusals found", data, seen[refused])),
-        ("refusal rules", share_figure("called refusal though compliant", data, seen[~refused])),
+        ("refusal rules", share_figure("agreement", data, seen == refused, asked)),
+        ("refusal rules", kappa_figure(data, refused, seen, asked)),
+        ("refusal rules", share_figure("refusals found", data, seen[refused], asked[refused])),
+        ("refusal rules", share_figure("called refusal though compliant", data, seen[~refused], asked[~refused])),
     ]
-    partial = [is_refusal(row["response"]) for row in answers if row["refusal"].startswith("3")]
-    figures.append(("refusal rules", share_figure("called refusal", "XSTest partial refusals", partial)))
+    partial = [row for row in answers if row["refusal"].startswith("3")]
+    called = [is_refusal(row["response"]) for row in partial]
+    figures.append(("refusal rules", share_figure("called refusal", "XSTest partial refusals", called, _asked(partial))))
     harmful = [row for row in whole if label.get(row["prompt"]) == "harmful"]
-    complied = np.array([row["refusal"].startswith("1") for row in harmful])
+    complied, asked = np.array([row["refusal"].startswith("1") for row in harmful]), _asked(harmful)
     called = ~judge.safe([row["prompt"] for row in harmful], [row["response"] for row in harmful])
     data = "XSTest harmful prompts, full compliance or refusal"
     figures += [
-        ("judge", share_figure("agreement", data, called == complied)),
-        ("judge", kappa_figure(data, complied, called)),
-        ("judge", share_figure("unsafe found", data, called[complied])),
-        ("judge", share_figure("called unsafe though safe", data, called[~complied])),
+        ("judge", share_figure("agreement", data, called == complied, asked)),
+        ("judge", kappa_figure(data, complied, called, asked)),
+        ("judge", share_figure("unsafe found", data, called[complied], asked[complied])),
+        ("judge", share_figure("called unsafe though safe", data, called[~complied], asked[~complied])),
     ]
     benign = [row for row in whole if label.get(row["prompt"]) == "benign" and row["refusal"].startswith("1")]
     called = ~judge.safe([row["prompt"] for row in benign], [row["response"] for row in benign])
-    figures.append(("judge", share_figure("called unsafe though safe", "XSTest safe prompts, full compliance", called)))
+    data = "XSTest safe prompts, full compliance"
+    figures.append(("judge", share_figure("called unsafe though safe", data, called, _asked(benign))))
     return figures
+
+
+def _asked(rows: Sequence[Json]) -> np.ndarray[Any, Any]:
+    """What each answer is to."""
+    return np.array([row["prompt"] for row in rows])
 
 
 def kappa(truth: np.ndarray[Any, Any], said: np.ndarray[Any, Any], weights: Sequence[float] | None = None) -> float:
@@ -629,21 +635,23 @@ def kappa(truth: np.ndarray[Any, Any], said: np.ndarray[Any, Any], weights: Sequ
     return (agreed - chance) / (1 - chance) if chance < 1 else 0.0
 
 
-def kappa_figure(data: str, truth: np.ndarray[Any, Any], said: np.ndarray[Any, Any]) -> Figure:
-    """Kappa with a percentile bootstrap interval."""
+def kappa_figure(data: str, truth: np.ndarray[Any, Any], said: np.ndarray[Any, Any], questions: Questions) -> Figure:
+    """Kappa with a percentile bootstrap interval, of answers to `questions` (cases,), see `over_questions`."""
     rng = np.random.default_rng(SEED)
     draws = [rng.integers(0, len(truth), len(truth)) for _ in range(1000)]
     low, high = np.quantile([kappa(truth[draw], said[draw]) for draw in draws], [0.025, 0.975])
-    return Figure("kappa", data, len(truth), kappa(truth, said), float(low), float(high))
+    found = Figure("kappa", data, len(truth), kappa(truth, said), float(low), float(high))
+    return over_questions(found, questions, lambda index: kappa(truth[index], said[index]))
 
 
 def main() -> None:
-    """Build what `--only` names, or both."""
+    """Build and measure what `--only` names, or both."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the public JSONL files")
     parser.add_argument("--only", choices=["guard", "judge"])
     parser.add_argument("--out", type=Path, default=PACKAGE_DATA, help="where guard/ and judge/ go")
     parser.add_argument("--epochs", type=int, default=GuardConfig.epochs)
+    parser.add_argument("--measure", action="store_true", help="measure those in --out again instead of fitting any")
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -651,11 +659,20 @@ def main() -> None:
         print(line, flush=True)
 
     if options.only != "guard":
-        judge = build_judge(Sources(options.data), told)
+        sources = Sources(options.data)
+        judge = Judge(ResponseJudge.load(options.out / "judge")) if options.measure else build_judge(sources, told)
+        judge.classifier.card["figures"] = [
+            {"part": part, **figure_fields(figure)} for part, figure in judge_figures(judge, sources)
+        ]
         judge.classifier.save(options.out / "judge")
         show(judge.classifier.card["figures"])
     if options.only != "judge":
-        guard = build_guard(Sources(options.data), GuardConfig(epochs=options.epochs), told)
+        sources = Sources(options.data)
+        fitted = EncoderGuard.load(options.out / "guard") if options.measure else None
+        guard = fitted or build_guard(sources, GuardConfig(epochs=options.epochs), told)
+        guard.card["figures"] = [
+            {"question": question, **figure_fields(figure)} for question, figure in guard_figures(guard, sources)
+        ]
         guard.save(options.out / "guard")
         print(guard.card["thresholds"])
         show(guard.card["figures"])
@@ -665,7 +682,8 @@ def show(figures: Sequence[Json]) -> None:
     for row in figures:
         part = row.get("part") or row["question"]
         value, low, high = (f"{row[key]:.3f}" for key in ("value", "low", "high"))
-        print(f"{part:14} {row['figure']:32} {value} [{low}, {high}] n={row['n']} {row['data']}")
+        among = f", {row['questions']} questions" if "questions" in row else ""
+        print(f"{part:14} {row['figure']:32} {value} [{low}, {high}] n={row['n']} {row['data']}{among}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,11 @@ from softguard.errors import SoftguardError
 from softguard.files import read_json, write_file, write_json
 
 Card = dict[str, Any]
-Scores = Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]
+Values = np.ndarray[Any, np.dtype[np.float64]]
+Scores = Sequence[float] | Values
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
+Index = np.ndarray[Any, np.dtype[np.intp]]
+Questions = Sequence[str] | np.ndarray[Any, Any]
 
 
 def sha256(blob: bytes) -> str:
@@ -62,19 +66,50 @@ class Figure(NamedTuple):
     value: float
     low: float
     high: float
+    questions: int = 0  # to which the cases are answers, so that those to one are no independent cases; 0: they all are
 
 
-def auroc_figure(data: str, safe: Scores, bad: Sequence[bool] | Flags) -> Figure:
+def over_questions(figure: Figure, questions: Questions, value: Callable[[Index], float], seed: int = 0) -> Figure:
+    """`figure` with an interval that also stands if its cases are answers to a few `questions`, (cases,).
+
+    Percentile bootstrap in which questions are drawn, each with all its cases (a cluster bootstrap: Davison and Hinkley, 1997,
+    §3.8), or the figure's own ends where those are farther out. `value`: of the cases at an index, NaN where there is none.
+    """
+    names, which = np.unique(np.asarray(questions), return_inverse=True)
+    if len(names) == len(which):
+        return figure
+    cases = [np.flatnonzero(which == number) for number in range(len(names))]
+    rng = np.random.default_rng(seed)
+    draws = [value(np.concatenate([cases[i] for i in rng.integers(0, len(cases), len(cases))])) for _ in range(1000)]
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return figure._replace(low=min(figure.low, float(low)), high=max(figure.high, float(high)), questions=len(names))
+
+
+def auroc_figure(data: str, safe: Scores, bad: Sequence[bool] | Flags, questions: Questions | None = None) -> Figure:
     """AUROC of p(safe) against `bad`, interval after DeLong et al. (1988) on the logit scale.
 
-    `safe` and `bad` are (cases,). Classes that do not overlap have no variance to go by; but of m independent pairs, m the
-    cases of the rarer one, all are in order then, whose probability is at most AUROC^m: hence a bound of 0.025^(1/m). Raises
-    ValueError unless both classes are there.
+    `safe` and `bad` are (cases,); `questions` as in `over_questions`. Raises ValueError unless both classes are there.
     """
     scores, labels = -np.asarray(safe, float), np.asarray(bad, bool)
-    high, low = scores[labels], scores[~labels]
-    if not len(high) or not len(low):
+    if labels.all() or not labels.any():
         raise ValueError(f"{data}: AUROC needs both classes")
+    found = Figure("auroc", data, len(labels), *_area(scores[labels], scores[~labels]))
+    if questions is None:
+        return found
+
+    def area(index: Index) -> float:
+        some = labels[index]
+        return _area(scores[index][some], scores[index][~some])[0] if 0 < some.sum() < len(some) else math.nan
+
+    return over_questions(found, questions, area)
+
+
+def _area(high: Values, low: Values) -> tuple[float, float, float]:
+    """AUROC of scores that should be high and low, and its interval.
+
+    Classes that do not overlap have no variance to go by; but of m independent pairs, m the cases of the rarer one, all are in
+    order then, whose probability is at most AUROC^m: hence a bound of 0.025^(1/m).
+    """
     order, reverse = np.sort(low), np.sort(high)
     above = (np.searchsorted(order, high, "left") + np.searchsorted(order, high, "right")) / (2 * len(low))
     below = (np.searchsorted(reverse, low, "left") + np.searchsorted(reverse, low, "right")) / (2 * len(high))
@@ -82,31 +117,35 @@ def auroc_figure(data: str, safe: Scores, bad: Sequence[bool] | Flags) -> Figure
     rarer = min(len(high), len(low))
     if area in (0, 1):
         bound = float(0.025 ** (1 / rarer))
-        return Figure("auroc", data, len(labels), area, *((bound, 1.0) if area else (0.0, 1 - bound)))
+        return (area, bound, 1.0) if area else (area, 0.0, 1 - bound)
     if rarer < 2:
-        return Figure("auroc", data, len(labels), area, 0.0, 1.0)
+        return area, 0.0, 1.0
     variance = above.var(ddof=1) / len(high) + below.var(ddof=1) / len(low)
     logit, spread = np.log(area / (1 - area)), 1.959964 * np.sqrt(variance) / (area * (1 - area))
-    return Figure("auroc", data, len(labels), area, *(float(1 / (1 + np.exp(-logit - s * spread))) for s in (-1, 1)))
+    return area, float(1 / (1 + np.exp(spread - logit))), float(1 / (1 + np.exp(-spread - logit)))
 
 
-def share_figure(figure: str, data: str, hits: Sequence[bool] | Flags) -> Figure:
-    """Share of true values in `hits` (cases,), with Wilson's interval (1927)."""
+def share_figure(figure: str, data: str, hits: Sequence[bool] | Flags, questions: Questions | None = None) -> Figure:
+    """Share of true values in `hits` (cases,), with Wilson's interval (1927); `questions` as in `over_questions`."""
     from scipy.stats import binomtest
 
-    count = int(np.sum(hits))
-    interval = binomtest(count, len(hits)).proportion_ci(method="wilson")
-    return Figure(figure, data, len(hits), count / len(hits), float(interval.low), float(interval.high))
+    true = np.asarray(hits, bool)
+    count = int(true.sum())
+    interval = binomtest(count, len(true)).proportion_ci(method="wilson")
+    found = Figure(figure, data, len(true), count / len(true), float(interval.low), float(interval.high))
+    return found if questions is None else over_questions(found, questions, lambda index: float(true[index].mean()))
 
 
-def calibration_figure(data: str, safe: Scores, bad: Sequence[bool] | Flags, seed: int = 0) -> Figure:
+def calibration_figure(
+    data: str, safe: Scores, bad: Sequence[bool] | Flags, questions: Questions | None = None, seed: int = 0
+) -> Figure:
     """Expected calibration error of p(safe), ten equal-width bins (Guo et al., 2017), percentile bootstrap interval.
 
-    `safe` and `bad` are (cases,).
+    `safe` and `bad` are (cases,); `questions` as in `over_questions`.
     """
     probability, labels = np.asarray(safe, float), ~np.asarray(bad, bool)
 
-    def error(index: np.ndarray[Any, Any]) -> float:
+    def error(index: Index) -> float:
         bins = np.minimum((probability[index] * 10).astype(int), 9)
         gaps = np.bincount(bins, probability[index] - labels[index], 10)
         return float(np.abs(gaps).sum() / len(index))
@@ -114,9 +153,11 @@ def calibration_figure(data: str, safe: Scores, bad: Sequence[bool] | Flags, see
     rng = np.random.default_rng(seed)
     draws = [error(rng.integers(0, len(labels), len(labels))) for _ in range(500)]
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Figure("ece", data, len(labels), error(np.arange(len(labels))), float(low), float(high))
+    found = Figure("ece", data, len(labels), error(np.arange(len(labels))), float(low), float(high))
+    return found if questions is None else over_questions(found, questions, error, seed)
 
 
 def figure_fields(figure: Figure) -> dict[str, Any]:
-    """The figure as a card holds it: plain fields, four decimals."""
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in figure._asdict().items()}
+    """The figure as a card holds it: plain fields, four decimals, and of questions only where there are any."""
+    fields = {key: round(value, 4) if isinstance(value, float) else value for key, value in figure._asdict().items()}
+    return {key: value for key, value in fields.items() if value or key != "questions"}

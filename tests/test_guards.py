@@ -353,3 +353,36 @@ def test_figures_agree_with_scikit_learn_and_hold_their_intervals() -> None:
     honest = rng.random(5000)
     assert calibration_figure("made", honest, rng.random(5000) > honest).value < 0.03
     assert calibration_figure("made", np.full(100, 0.9), [True] * 100).value == pytest.approx(0.9)
+
+
+def test_intervals_of_answers_to_a_few_questions_hold_for_other_questions() -> None:
+    """Truth: a question's answers share a shift, so that 20 questions with 50 answers each say little more than 20 answers."""
+    rng = np.random.default_rng(0)
+    held, alone = [], []
+    for _ in range(100):
+        likely = rng.beta(2, 2, 20)  # of a true value among the answers to each question; on average one half
+        hits = rng.random((20, 50)) < likely[:, None]
+        asked = np.repeat([f"question {i}" for i in range(20)], 50)
+        figure = share_figure("share", "made", hits.ravel(), asked)
+        plain = share_figure("share", "made", hits.ravel())
+        assert (figure.value, figure.n, figure.questions, plain.questions) == (plain.value, 1000, 20, 0)
+        held.append(figure.low <= 0.5 <= figure.high)
+        alone.append(plain.low <= 0.5 <= plain.high)
+    assert np.mean(held) > 0.85
+    assert np.mean(alone) < 0.6
+    apart = [str(i) for i in range(10)]
+    assert share_figure("share", "made", [True] * 5 + [False] * 5, apart) == share_figure(
+        "share", "made", [True] * 5 + [False] * 5
+    )
+    safe, bad = rng.random(1000), hits.ravel()
+    for clustered, plain in (
+        (auroc_figure("made", safe, bad, asked), auroc_figure("made", safe, bad)),
+        (calibration_figure("made", safe, bad, asked), calibration_figure("made", safe, bad)),
+    ):
+        assert clustered.value == plain.value
+        assert clustered.low <= plain.low < plain.high <= clustered.high
+        assert clustered.questions == 20
+    one = auroc_figure(
+        "made", [0.1, 0.2, 0.8, 0.9], [True, True, False, False], ["a", "a", "b", "b"]
+    )  # a draw may lack a class
+    assert (one.value, one.questions) == (1, 2)

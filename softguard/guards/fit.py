@@ -198,25 +198,28 @@ def _calibrated(weights: Weights, card: Card, validation: Sequence[Row], flagged
     questions = [key.removesuffix(".weight") for key in weights if key.endswith(".weight") and key.count(".") == 1]
     guard = EncoderGuard(weights, {**card, "thresholds": {}})
     for question in questions:
-        safe, bad = _scored(guard, question, validation)
+        safe, bad, _ = _scored(guard, question, validation)
         logit = np.log1p(-safe.clip(1e-9, 1 - 1e-9)) - np.log(safe.clip(1e-9))  # of being unsafe
         slope, offset = _platt(logit, bad)
         weights[f"{question}.weight"] = weights[f"{question}.weight"] * slope
         weights[f"{question}.bias"] = weights[f"{question}.bias"] * slope + offset
     guard = EncoderGuard(weights, card)
     for question in questions:
-        safe, bad = _scored(guard, question, validation)
+        safe, bad, _ = _scored(guard, question, validation)
         card["thresholds"][question] = round(float(np.quantile(safe[~bad], flagged_benign)), 4)
     return guard
 
 
-def _scored(guard: EncoderGuard, question: str, rows: Sequence[Row]) -> tuple[Probabilities, Flags]:
+def _scored(guard: EncoderGuard, question: str, rows: Sequence[Row]) -> tuple[Probabilities, Flags, list[str]]:
+    """p(safe) of the rows that have an answer to the question, what it is, and their prompts."""
     if question == "prompt":
         asked = [row for row in rows if row.harmful is not None]
-        return guard.prompt_safety([row.prompt for row in asked]), np.array([bool(row.harmful) for row in asked])
+        prompts = [row.prompt for row in asked]
+        return guard.prompt_safety(prompts), np.array([bool(row.harmful) for row in asked]), prompts
     asked = [row for row in rows if row.unsafe is not None]
-    safe = guard.response_safety([row.prompt for row in asked], [row.response or "" for row in asked])
-    return safe, np.array([bool(row.unsafe) for row in asked])
+    prompts = [row.prompt for row in asked]
+    safe = guard.response_safety(prompts, [row.response or "" for row in asked])
+    return safe, np.array([bool(row.unsafe) for row in asked]), prompts
 
 
 def _platt(logit: np.ndarray[Any, Any], bad: Flags) -> tuple[float, float]:
@@ -316,14 +319,20 @@ def fit_guard(
     return guard
 
 
-def question_figures(guard: EncoderGuard, question: str, data: str, safe: Probabilities, bad: Flags) -> list[Figure]:
-    """What can be measured of one question's scores `safe` against `bad`, both (cases,): a class may be missing."""
+def question_figures(
+    guard: EncoderGuard, question: str, data: str, safe: Probabilities, bad: Flags, prompts: Sequence[str]
+) -> list[Figure]:
+    """What can be measured of one question's scores `safe` against `bad`, all (cases,): a class may be missing.
+
+    Of several answers to one of the `prompts` intervals are over prompts, see `over_questions`.
+    """
+    asked = np.array(prompts)
     flagged = safe < (guard.prompt_threshold if question == "prompt" else guard.response_threshold)
     figures = []
     if bad.any():
-        figures.append(share_figure("recall at threshold", data, flagged[bad]))
+        figures.append(share_figure("recall at threshold", data, flagged[bad], asked[bad]))
     if not bad.all():
-        figures.append(share_figure("flagged at threshold though safe", data, flagged[~bad]))
+        figures.append(share_figure("flagged at threshold though safe", data, flagged[~bad], asked[~bad]))
     if bad.any() and not bad.all():
-        figures = [auroc_figure(data, safe, bad), *figures, calibration_figure(data, safe, bad)]
+        figures = [auroc_figure(data, safe, bad, asked), *figures, calibration_figure(data, safe, bad, asked)]
     return figures
