@@ -30,13 +30,13 @@ def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--corpus", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    before = machine(options.threads)
     if options.corpus:
         print(json.dumps(_corpus(options.corpus)))
         return
-    before = machine(options.threads)
     rows: list[dict[str, Any]] = []
     for prompts in CORPUS:
-        command = [sys.executable, "-m", "benchmarks.growth", "--corpus", str(prompts)]
+        command = [sys.executable, "-m", "benchmarks.growth", "--corpus", str(prompts), "--threads", str(options.threads)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
@@ -77,12 +77,11 @@ def _corpus(prompts: int) -> dict[str, Any]:
         begin = time.perf_counter()
         corpus = teach(wanted, Path(folder) / "corpus", base, system)
         taught = time.perf_counter() - begin
+        some = range(0, prompts, max(1, prompts // 800))
         begin = time.perf_counter()
-        corpus.refusal_rates("train")
-        step = max(1, prompts // 800)
-        for start in range(0, prompts - step, step):
-            corpus.examples("train", [start])
-        read = (time.perf_counter() - begin) / 800
+        for number in some:
+            corpus.examples("train", [number])
+        read = (time.perf_counter() - begin) / len(some)
         size = sum(f.stat().st_size for f in (Path(folder) / "corpus").rglob("*") if f.is_file())
     extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - memory
     return {

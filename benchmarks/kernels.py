@@ -4,7 +4,8 @@
 
 TRL and Liger have no total variation: their forward KL, which reads the same two heads, stands beside it. Errors are the
 largest of a token's value, relative to the same inputs in float64 (absolute where that is below 1). Liger's Triton kernels need
-a GPU; its total variation is of two laws, which are made before it.
+a GPU; its total variation is of two laws, which are made before it. Its chunked losses make the head's gradient, too, which a
+frozen head does not need.
 """
 
 from collections.abc import Callable
@@ -117,7 +118,7 @@ def liger_divergence(beta: float) -> Values:
     def values(student: Tensor, teacher: Tensor, head: Tensor, ids: Tensor) -> Tensor:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False, chunk_size=128)
+        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False)
         # its loss is a mean over tokens: shown as one value a token so that the sum is the same
         return loss(student, head, teacher, head, ids).expand(len(student))  # type: ignore[no-any-return]
 

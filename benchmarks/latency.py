@@ -77,29 +77,32 @@ def _sides(base: BaseModel) -> dict[str, Side]:
     beside = {VECTORS: initial_vectors(base, "gate", DEFAULT_INSTRUCTION, GATE)}  # untrained: it refuses nothing
     facts = {"refusal": SystemConfig.refusal}
     one, two = (Engine(base, Adapter("gate", beside, "start", {**facts, "members": members})) for members in (1, 2))
-    guard = SafeSystem.from_config(SystemConfig())
+    before, after = (SafeSystem.from_config(SystemConfig(mode=mode)) for mode in ("prompt", "response"))
     ids = torch.tensor([[*chat.prefix.before, *chat.prefix.after, *chat.encode(PROMPT)]], device=base.device)
     policy = " ".join([DEFAULT_INSTRUCTION] * 20)
 
-    def stream(engine: Engine, text: str, tokens: int) -> Timed:
+    def answer(engine: Engine, text: str, tokens: int) -> tuple[Timed, str]:
         begin = time.perf_counter()
         pieces = engine.stream([Turn("user", text)], tokens)
-        next(pieces)
+        said = [next(pieces)]
         first = time.perf_counter() - begin
-        made = 1 + sum(1 for _ in pieces)
-        return first, time.perf_counter() - begin, made
+        said += pieces
+        return (first, time.perf_counter() - begin, len(said)), "".join(said)
+
+    def stream(engine: Engine, text: str, tokens: int) -> Timed:
+        return answer(engine, text, tokens)[0]
 
     def after_prompt_guard(tokens: int) -> Timed:
         begin = time.perf_counter()
-        guard.p_safe([PROMPT], [""])
+        before.p_safe([PROMPT], [""])
         asked = time.perf_counter() - begin
         first, whole, made = stream(alone, PROMPT, tokens)
         return asked + first, asked + whole, made
 
     def after_response_guard(tokens: int) -> Timed:
-        _, whole, made = stream(alone, PROMPT, tokens)
+        (_, whole, made), said = answer(alone, PROMPT, tokens)
         begin = time.perf_counter()
-        guard.p_safe([PROMPT], ["a word " * tokens])
+        after.p_safe([PROMPT], [said])
         whole += time.perf_counter() - begin
         return whole, whole, made  # nothing is shown before the guard has spoken
 
