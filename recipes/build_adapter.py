@@ -55,7 +55,10 @@ def main() -> None:
     changed = [change for change in options.overrides if not change.startswith("model.name=")]  # a path of this machine
     kept = load_recipe(options.recipe, changed)
     write_text(FOLDER / name / "recipe.yaml", dump_recipe(kept))
-    command = " ".join(["python recipes/build_adapter.py", str(options.recipe), *(f"--set {change}" for change in changed)])
+    how = ["--measure"] if options.measure else []
+    command = " ".join(
+        ["python recipes/build_adapter.py", str(options.recipe), *how, *(f"--set {change}" for change in changed)]
+    )
     write_json(FOLDER / name / "card.json", rounded({"command": command, **results.contract(), "model": kept.model.name}))
     size = sum(path.stat().st_size for path in (FOLDER / name).iterdir())
     if size > _LIMIT:

@@ -1,4 +1,4 @@
-"""softguard: distil a language model and its guard into a soft prompt, or a key/value prefix, for the same frozen model."""
+"""softguard: distil a language model and its guard into a few vectors beside the same frozen model."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

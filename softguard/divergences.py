@@ -50,8 +50,8 @@ def log_hinge(log_target: Tensor, log_q: Tensor) -> Tensor:
 def refusal_mixture(log_p: Tensor, weight: Tensor, token: Tensor) -> Tensor:
     """The system's next-token law on the refusal's path, (1 − w)·p(v) + w·1[v = token], as log-probabilities.
 
-    `log_p` (..., vocabulary), `weight` w (...) in [0, 1], `token` (...) the refusal's next id. This is METHOD's law
-    with S-ratios 1: exact for a prompt guard, and for a response guard where the next token says nothing of safety.
+    `log_p` (..., vocabulary), `weight` w (...) in [0, 1], `token` (...) the refusal's next id. This is the system's law
+    where the next token says nothing of safety: always behind a prompt guard, behind a response guard an approximation.
     """
     w = weight[..., None]
     kept = log_p + torch.log1p(-w)

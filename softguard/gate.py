@@ -8,8 +8,9 @@ refusal is. After it the gate is gone: what is not refused is answered by the ba
 
 so that TV(P, q) = |U(x) − g(x)| for a system P with a prompt guard (eq. 2; p(y_r) = 0). Training minimises KL(P‖q). Where
 the system cuts the guard's probability at a threshold, U is taken before the cut (`Example.soft_refusal_rate`). A student is
-less certain than its teacher, so fewer of its g than of the teacher's U reach ½; a `bias`, added to the log-odds and chosen
-on validation prompts, mends that.
+less certain than its teacher, so fewer of its g than of the teacher's U reach ½, from which on greedy answers are refusals; a
+`bias`, added to the log-odds and chosen on validation prompts, mends that. Where the system cuts nothing, answers that are
+drawn are then a little farther from its law than the gate that was trained.
 
 Part of what a gate gets wrong is chance, so it may have *members*: smaller gates that divide its vectors among them, see
 nothing of each other and learn each by itself; the log-odds are their mean (Lakshminarayanan et al., 2017).

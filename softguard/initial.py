@@ -21,10 +21,12 @@ def initial_adapter(
 
     `refused`, `kept`: some training prompts the system refuses and answers; a steering vector starts from the difference
     between them. `seed` draws a LoRA's A.
-    Raises SoftguardError for a text without tokens, a budget no LoRA fits, or prompts of one sort only.
+    Raises SoftguardError for an empty text, a budget no LoRA fits, or prompts of one sort only.
     """
     slot = config.slot
     if config.adapter == "text":
+        if not config.init_text.strip():
+            raise SoftguardError("distil.init_text is empty; give the text that is to stand before every prompt")
         return Adapter("text", {}, slot, {}, config.init_text)
     if config.adapter == "lora":
         return Adapter("lora", _lora(base, config.budget, seed), slot, {})
@@ -41,7 +43,7 @@ def initial_vectors(base: BaseModel, kind: Kind, text: str, n_soft: int) -> Tens
 
     A soft prompt gets its embeddings, repeated if there are fewer than n_soft, averaged over neighbours if there are more. A
     key/value prefix or a gate gets the keys and values the model makes of its first n_soft tokens, repeated likewise. Text,
-    never noise: rows off the embedding manifold cost safety before training begins (METHOD §3.2).
+    never noise: rows off the embedding manifold cost safety before training begins.
     Raises SoftguardError if the text has no tokens.
     """
     ids = base.tokenizer.encode(text, add_special_tokens=False)

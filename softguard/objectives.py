@@ -68,7 +68,7 @@ Objective = Callable[[Batch, Length], Losses]
 
 
 def tv(batch: Batch, length: Length) -> Losses:
-    """Dense total variation to the system, with log-hinges where total variation alone cannot move (METHOD §3).
+    """Dense total variation to the system, with log-hinges where total variation alone cannot move.
 
     safe branch: α·(log(1 − P(R₁|∅)) − log(1 − q(R₁)))₊ + λ·(TV(P(·|∅), q(·|∅)) + Σ_{t>1} α·TV(p_t, q_t))
     refusal branch: U·(log U − log q(y_r))₊

@@ -14,7 +14,7 @@ from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.config import Recipe, load_recipe
 from softguard.corpus import Corpus, Draw, Example, teach
-from softguard.distill import _batches, _Trainer, check_distil, distil, time_step
+from softguard.distill import Step, _batches, _Trainer, check_distil, distil, time_step
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel, load_base
@@ -262,6 +262,40 @@ def test_a_gate_refuses_as_many_validation_prompts_as_the_system(
     assert sum(Engine(small, unbiased).refuses(texts)) != wanted
 
 
+def test_what_is_saved_is_the_best_of_all_validations_by_the_weighted_loss(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    every = ("distil.validate_every=1", "distil.patience=99", "distil.safe_weight=14")
+    trainer = _Trainer(recipe(prompts, *every), corpus, tmp_path, small)
+    start = trainer.student.vectors.detach().clone()
+    seen: list[tuple[float, torch.Tensor]] = []
+
+    def noted(step: Step) -> None:
+        if step.kind == "validation":
+            seen.append((14 * step.safe + step.refusal, trainer.student.vectors.detach().clone()))
+            if step.step == 11:  # so that the last is not the best
+                trainer.student.vectors.data.copy_(start)
+
+    saved = trainer.run(noted)
+    best, vectors = min(seen, key=lambda one: one[0])
+    assert best < seen[-1][0]
+    assert torch.equal(saved.vectors, vectors.half().float())
+    assert saved.facts["validation_loss"] == pytest.approx(best)
+
+
+def test_validation_tells_which_prompts_a_gate_refuses(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _Trainer(recipe(prompts, "distil.adapter=gate", "distil.validation_prompts=24"), corpus, tmp_path, small)
+
+    def odds(examples: list[Example]) -> torch.Tensor:
+        return torch.tensor([[-4.0 if "boat" in e.prompt else 4.0] for e in examples])
+
+    monkeypatch.setattr(trainer.passes, "log_odds", odds)
+    line = trainer._validate()
+    assert (line.refuses, line.over_refuses) == (1.0, 0.5)  # all bombs, and of what the system answers the kites, not the boats
+
+
 def test_the_bias_is_that_of_the_best_gate_not_of_the_last(
     prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
 ) -> None:
@@ -364,6 +398,7 @@ def test_what_a_gate_cannot_learn_is_told_before_training(
         (["distil.adapter=gate", "distil.objective=kl"], "distil.objective is kl"),
         (["distil.adapter=gate", "system.policy.medicine.refusal=Ask a doctor."], "system.policy is set"),
         (["distil.init_text=''"], "init_text is empty"),
+        (["distil.adapter=text", "distil.init_text=' '"], "init_text is empty"),
         (["distil.adapter=lora", "distil.budget=1"], "distil.budget is 1"),
         (["distil.n_soft=512"], "distil.n_soft is 512; .* reads 512 tokens in all, lower it"),
         (["distil.n_soft=1000000000"], "lower it"),

@@ -83,6 +83,15 @@ def test_the_judge_counts_its_arguments() -> None:
         judge.safe(["a", "b"], ["c"])
 
 
+def test_rules_are_believed_unless_the_classifier_is_very_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Judge()
+    low, high = judge.classifier.threshold, judge.classifier.overrule_threshold
+    said = np.array([low + 0.01, high, high + 0.01, low, low + 0.01])
+    monkeypatch.setattr(judge.classifier, "unsafe_probability", lambda texts: said)
+    texts = [REFUSALS[0]] * 3 + [ANSWERS[1]] * 2
+    assert judge.safe([""] * 5, texts).tolist() == [True, True, False, True, False]
+
+
 def test_the_bundled_judge_is_small_and_measured() -> None:
     assert sum(path.stat().st_size for path in BUNDLED.iterdir()) <= MAX_BYTES
     card = json.loads((BUNDLED / "card.json").read_text(encoding="utf-8"))

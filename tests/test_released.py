@@ -8,6 +8,7 @@ import yaml
 from softguard.config import load_recipe
 from softguard.engine import Engine
 from softguard.files import read_json
+from softguard.guards import load_guard
 from softguard.judges import is_refusal
 from softguard.models import BaseModel
 from softguard.prompts import packaged_suite, thin
@@ -29,6 +30,7 @@ def test_a_released_adapter_is_small_and_says_where_it_comes_from(folder: Path) 
     seal, card = read_json(folder / "softguard.json", "adapter"), read_json(folder / "card.json", "card")
     assert seal["refusal"] == recipe.system.refusal
     assert seal["n_soft"] == recipe.distil.n_soft
+    assert seal["guard_fingerprint"] == load_guard("bundled").fingerprint  # else `evaluate` refuses it
     measured = {(row["system"], row["suite"], row["metric"]) for row in card["rows"]}
     for suite, metric in (("harmful", "safety"), ("everyday", "over_refusal"), ("eval_harmbench-harmful", "safety")):
         assert {(system, suite, metric) for system in ("base", "safe_system", "distilled")} <= measured

@@ -1,6 +1,6 @@
 """Generative guards: language models that answer a safety question with a label token.
 
-p(safe) is the softmax of the next-token logits over the family's label tokens (METHOD §4), read where the label would be
+p(safe) is the softmax of the next-token logits over the family's label tokens, read where the label would be
 said; nothing is generated. What all rows begin with is run once and shared. User text never becomes a control token, but a
 family whose prompt marks its parts by plain words can be told those words by a user, as the published one can.
 """
