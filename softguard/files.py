@@ -39,7 +39,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def check_file(path: Path) -> None:
     """Raises SoftguardError if `path` is a folder, which no file can be renamed to."""
-    if not path.name or path.is_dir():
+    if not path.name or os.path.isdir(path):
         raise SoftguardError(f"{path} is a folder; name a file in it")
 
 

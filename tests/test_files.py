@@ -79,7 +79,7 @@ def test_a_name_that_is_not_utf_8_is_kept(tmp_path: Path) -> None:
 
 def test_a_folder_in_the_files_place_is_told(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    with pytest.raises(SoftguardError, match="a could not be written"):
+    with pytest.raises(SoftguardError, match="a is a folder; name a file in it"):
         write_text(tmp_path / "a", "text")
     assert os.listdir(tmp_path) == ["a"]
 
