@@ -32,7 +32,7 @@ def demo_plan(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) ->
     return (
         f"demo: teach on {counts['train']:,} prompts of {recipe.teach.prompts}, distil {recipe.distil.taken_steps} steps, "
         f"evaluate {', '.join(f'{suite.name} ({len(suite.prompts):,})' for suite in suites)} "
-        "each; 15 to 20 minutes on two cores, about 6 where they have AMX; up to 5 GB of caches on disk"
+        "each; 15 to 20 minutes on two cores, about 6 where they multiply bfloat16; up to 5 GB of caches on disk"
     )
 
 
