@@ -138,14 +138,10 @@ def evaluate(
         if suite.measure == "accuracy":
             rows += run.accuracy(suite)
             continue
-        base_texts = run.answers("base", suite)
-        for name in run.systems:
-            if name == "safe_system":
-                answers[name][suite.name] = system.answer(suite.prompts, base_texts, recipe.seed)
-            else:
-                answers[name][suite.name] = base_texts if name == "base" else run.answers(name, suite, base_texts)
-        texts_of = {name: texts[suite.name] for name, texts in answers.items()}
-        rows += run.graded(suite, texts_of, judge, others)
+        said = run.answers_of_all(suite)
+        for name, texts in said.items():
+            answers[name][suite.name] = texts
+        rows += run.graded(suite, said, judge, others)
     cost = measure_cost(base, run.engines["base"], system, adapter, run.engines.get("distilled"))
     results = Results(
         base.name,
@@ -251,6 +247,14 @@ class _Run:
 
         return self._kept(name, suite, config.max_new_tokens, make)
 
+    def answers_of_all(self, suite: Suite) -> dict[System, list[str]]:
+        """What every system answers; the safe system judges the base's answers."""
+        base = self.answers("base", suite)
+        said: dict[System, list[str]] = {"base": base, "safe_system": self.system.answer(suite.prompts, base, self.recipe.seed)}
+        if "distilled" in self.systems:
+            said["distilled"] = self.answers("distilled", suite, base)
+        return said
+
     def _kept(self, name: System, suite: Suite, settings: Any, make: Callable[[Callable[[int], None]], list[Any]]) -> list[Any]:
         """What `make` gives for each prompt, from disk if it was made before with the same settings, precision and versions."""
         path = self.out / "answers" / f"{name}-{suite.name}.json"
@@ -320,16 +324,9 @@ class _Run:
 
     def question_refusals(self, suite: Suite) -> list[Row]:
         """Share of questions that are refused: an answer may be the likeliest of all choices, and a refusal be likelier."""
-        asked = suite._replace(name=f"{suite.name}-in-words")
-        base_texts = self.answers("base", asked)
-        rows = []
-        for name in self.systems:
-            if name == "safe_system":
-                texts = self.system.answer(suite.prompts, base_texts, self.recipe.seed)
-            else:
-                texts = base_texts if name == "base" else self.answers(name, asked, base_texts)
-            rows.append(self._share_row(name, suite, "question_refusal", [declines(text, self.refusals) for text in texts]))
-        return rows
+        said = self.answers_of_all(suite._replace(name=f"{suite.name}-in-words"))
+        refused = {name: [declines(text, self.refusals) for text in texts] for name, texts in said.items()}
+        return [self._share_row(name, suite, "question_refusal", hits) for name, hits in refused.items()]
 
     def graded(
         self,
