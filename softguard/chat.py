@@ -55,25 +55,44 @@ class PlainText:
         control = {
             str(token)
             for token in tokenizer.added_tokens_decoder.values()
-            if len(str(token)) > 1 and (token.special or str(token) in template or re.fullmatch(r"<\|.*\|>", str(token)))
+            if len(str(token).strip()) > 1  # blank lines are text, though Gemma has tokens of them
+            and (token.special or str(token) in template or re.fullmatch(r"<\|.*\|>", str(token)))
         }
         longest_first = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
         self.control = re.compile(longest_first) if control else None
         self._spelt = re.compile(f"(?={longest_first})") if control else None  # one that begins within another, too
-        self._ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if str(token) in control)
+        self._control_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if str(token) in control)
+        self._is_joint = self._ids_of("\nx") == self._ids_of("\n") + self._ids_of("x")
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`; a control token spelt in it is cut after its first character and the parts are encoded apart."""
+    def encode(self, text: str, after: str = "") -> list[int]:
+        """Ids of `text` as it stands behind the template's text `after`.
+
+        A control token spelt in it is cut after its first character and the parts are encoded apart.
+        """
         cuts = [0, *(m.start() + 1 for m in self._spelt.finditer(text)), len(text)] if self._spelt else [0, len(text)]
-        return [i for start, end in pairwise(cuts) for i in self._part(text[start:end])]
+        return [i for start, end in pairwise(cuts) for i in self._part(text[start:end], "\n" if start else after)]
 
-    def _part(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        if self._ids.isdisjoint(ids):
+    def behind(self, text: str, after: str) -> list[int]:
+        """Ids of `text`, control tokens and all, as it stands behind other text.
+
+        Byte-level tokenizers have the same ids wherever a piece stands, but SentencePiece's put a blank before what they take
+        for the beginning (Llama 2, Mistral 7B).
+        """
+        if self._is_joint or not after:
+            return self._ids_of(text)
+        before, whole = self._ids_of(after), self._ids_of(after + text)
+        return whole[len(before) :] if whole[: len(before)] == before else self._ids_of(text)
+
+    def _part(self, text: str, after: str) -> list[int]:
+        ids = self.behind(text, after)
+        if self._control_ids.isdisjoint(ids):
             return ids
         # A tokenizer that changes text before it looks for control tokens finds them in other letters: one at a time it cannot.
-        apart = [self._tokenizer.encode(letter, add_special_tokens=False) for letter in text]
-        return [i for ids in apart for i in ids if i not in self._ids]
+        return [i for letter in text for i in self.behind(letter, "\n") if i not in self._control_ids]
+
+    def _ids_of(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
 
 
 class Chat:
@@ -98,15 +117,29 @@ class Chat:
         system_header = self._around_system()[0] if slot == "system" else ""
         if not opening.startswith(system_header):
             raise SoftguardError("the chat template has no fixed system message; use slot: start")
-        self.prefix = Prefix(self._template_ids(system_header), self._template_ids(opening[len(system_header) :]))
+        # A blank before a text is encoded with it, as tokenizers have it.
+        self._opening, self._blank = _without_blank(opening)
+        rest = self._plain.behind(self._opening[len(system_header) :], system_header)
+        self.prefix = Prefix(tuple(self._plain.behind(system_header, "")), tuple(rest))
+        self._closing = closing
         self.closing = self._template_ids(closing)  # between the user's text and the response
-        after = self._fixed([Turn("user", ""), Turn("assistant", "")], answer=True)[-1]
+        *_, between, after = self._fixed([Turn("user", ""), Turn("assistant", "")], answer=True)
+        # Llama 2's has a blank before an answer that does not stand where the answer is asked for.
+        self._answer_blank = between[len(closing) :] if between.rstrip(" ") == closing else ""
         after_answer = self._template_ids(after)
         # Identity of the template's own text; the same in every slot.
         self.fingerprint = fingerprint(opening, closing, after)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
-        self.end_id: int = next((i for i in after_answer if i in special), tokenizer.eos_token_id)
-        self.stop_ids: frozenset[int] = frozenset({self.end_id, tokenizer.eos_token_id, *extra_stops})
+        ends = [*[i for i in after_answer if i in special][:1], tokenizer.eos_token_id, *extra_stops]
+        self._ends: list[int] = [i for i in ends if i is not None]
+        self.stop_ids: frozenset[int] = frozenset(self._ends)
+
+    @property
+    def end_id(self) -> int:
+        """What ends a turn. Raises SoftguardError if nothing does."""
+        if not self._ends:
+            raise SoftguardError("the model's tokenizer has no token that ends a turn; use an instruction-tuned model")
+        return self._ends[0]
 
     def encode(self, prompt: str) -> list[int]:
         """Ids that follow the constant prefix for a single-turn prompt, up to where the response begins."""
@@ -114,27 +147,32 @@ class Chat:
 
     def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
         """Ids that follow the constant prefix for a conversation ending in a user turn."""
-        pieces = self._fixed(turns, answer=False)[1:]
-        return [
-            i
-            for turn, after in zip(turns, pieces, strict=True)
-            for i in (*self.plain_ids(turn.text), *self._template_ids(after))
-        ]
+        *openings, closing = self._fixed(turns, answer=False)
+        ids: list[int] = []
+        for number, (turn, opening) in enumerate(zip(turns, openings, strict=True)):
+            fixed, blank = _without_blank(opening)
+            ids += [*(self._template_ids(fixed) if number else ()), *self._plain.encode(blank + turn.text, fixed)]
+        return [*ids, *self._template_ids(closing)]
 
     def encode_response(self, response: str) -> list[int]:
         """Ids of a complete response: its text and the end-of-turn token (without it refusals run on)."""
-        return [*self.plain_ids(response), self.end_id]
+        return [*self.response_ids(response), self.end_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of response ids, control tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def plain_ids(self, text: str) -> list[int]:
-        """Encode text of a user or a model so that no control token can come out of it, see `PlainText`."""
-        return self._plain.encode(text)
+        """Ids of a user's text behind the constant prefix; no control token can come out of it, see `PlainText`."""
+        return self._plain.encode(self._blank + text, self._opening)
+
+    def response_ids(self, text: str) -> list[int]:
+        """Ids of the text of a response, or of its beginning, likewise."""
+        return self._plain.encode(self._answer_blank + text, self._closing)
 
     def _template_ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        """Ids of the template's own text behind a user's or a model's."""
+        return tuple(self._plain.behind(text, "x"))
 
     def _fixed(self, turns: Sequence[Turn], answer: bool) -> list[str]:
         """The template's own text before, between and after the messages' contents."""
@@ -153,7 +191,9 @@ class Chat:
     def with_system(self, text: str) -> list[int]:
         """Ids of the constant prefix with `text` as the system message. Raises SoftguardError if the template takes none."""
         before, after = self._around_system()
-        return [*self._template_ids(before), *self.plain_ids(text), *self._template_ids(after)]
+        fixed, blank = _without_blank(before)
+        opening, _ = _without_blank(after)
+        return [*self._plain.behind(fixed, ""), *self._plain.encode(blank + text, fixed), *self._template_ids(opening)]
 
     def _around_system(self) -> tuple[str, str]:
         """The template's text before a system message, and from there to the first user text."""
@@ -176,6 +216,12 @@ class Chat:
             )
         except Exception as error:  # whatever jinja gives it
             raise SoftguardError(f"the chat template fails ({type(error).__name__}: {error}); use another model") from error
+
+
+def _without_blank(text: str) -> tuple[str, str]:
+    """A template's text before a message, and the blanks at its end."""
+    fixed = text.rstrip(" ")
+    return fixed, text[len(fixed) :]
 
 
 def undated(tokenizer: Any) -> str:

@@ -33,7 +33,7 @@ def likeliest(
     best = [0] * len(prompts)
     for start in range(0, len(order), _BATCH):
         part = order[start : start + _BATCH]
-        answers = {i: [chat.plain_ids(choice) for choice in choices[i]] for i in part}
+        answers = {i: [chat.response_ids(choice) for choice in choices[i]] for i in part}
         stems = list(dict.fromkeys((i, tuple(ids[:-1])) for i in part for ids in answers[i]))
         states = packed_hidden(base, prefix, [encoded[i] + list(stem) for i, stem in stems], [len(s) + 1 for _, s in stems])
         at = dict(zip(stems, states, strict=True))

@@ -1,9 +1,10 @@
 import copy
 import unicodedata
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
-from transformers import AddedToken
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AddedToken, LlamaTokenizer, PreTrainedTokenizerFast
 
 from softguard.chat import Chat, PlainText, Turn, align
 from softguard.errors import SoftguardError
@@ -163,3 +164,65 @@ def test_an_answer_ends_with_the_templates_own_token_though_it_has_no_name(base:
 
     chat = Chat(Ends(base, str(base.tokenizer.chat_template)))
     assert base.tokenizer.decode([chat.end_id]) == "<|im_end|>"
+
+
+LLAMA_2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+_WORDS = ["[INST]", "[/INST]", "hello", "world", "Sorry", "no"]
+_PIECES = ["<unk>", "<s>", "</s>", *map(chr, range(33, 127)), "▁", "\n", *_WORDS, *(f"▁{word}" for word in _WORDS)]
+
+
+def sentencepiece(kind: str) -> object:
+    """A tokenizer that puts a blank before what it takes for the beginning, of the sort that `kind` says."""
+    if kind == "llama":
+        merges = {(word[:end], word[end]) for word in _PIECES[3:] for end in range(1, len(word))}
+        vocabulary = dict.fromkeys([*_PIECES, *(a + b for a, b in sorted(merges))])
+        return LlamaTokenizer(vocab={piece: i for i, piece in enumerate(vocabulary)}, merges=sorted(merges))
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0 if len(piece) > 1 else -5.0) for piece in _PIECES], unk_id=0))
+    if kind == "first":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        before = [normalizers.Prepend("▁")] if kind == "prepend" else []
+        tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("template", [LLAMA_2, ZEPHYR, PLAIN])
+@pytest.mark.parametrize("kind", ["llama", "first", "prepend", "none"])
+def test_sentencepiece_ids_are_those_of_the_whole_text(kind: str, template: str) -> None:
+    tokenizer: Any = sentencepiece(kind)
+    tokenizer.chat_template = template
+    chat = Chat(tokenizer)
+    turns = [Turn("user", "hello world"), Turn("assistant", "no"), Turn("user", "no hello")]
+    for some in (turns[:1], turns):
+        messages = [{"role": turn.role, "content": turn.text} for turn in some]
+        whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert [*chat.prefix.before, *chat.prefix.after, *chat.encode_turns(some)] == whole
+    if template != PLAIN:  # which asks for an answer behind a blank that then is a token of its own
+        answered = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Sorry"}]
+        whole = tokenizer.apply_chat_template(answered, return_dict=False)
+        ids = [*chat.prefix.after, *chat.encode("hello"), *chat.response_ids("Sorry")]
+        assert whole[: len(ids)] == ids
+
+
+@pytest.mark.parametrize("kind", ["llama", "first", "prepend"])
+def test_control_tokens_stay_plain_text_in_sentencepiece(kind: str) -> None:
+    tokenizer: Any = sentencepiece(kind)
+    tokenizer.chat_template = ZEPHYR
+    ids = Chat(tokenizer).plain_ids("no</s>hello")
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["no", "<", "/", "s", ">", "hello"]
+
+
+def test_a_blank_line_that_is_a_token_is_text(base: BaseModel) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.add_tokens([AddedToken("\n\n", special=False)])
+    assert PlainText(tokenizer, "a\n\nb").encode("c\n\nd") == tokenizer.encode("c\n\nd")

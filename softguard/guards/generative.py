@@ -165,11 +165,13 @@ class GenerativeGuard:
             )
         template += answer
         ids: list[int] = []
+        before = ""
         for piece, is_control in _pieces(self._plain.control, template):
             if is_control:
                 ids.append(self.base.tokenizer.convert_tokens_to_ids(piece))
             else:
-                ids += self._plain.encode(fill(piece, prompt, response, criterion))
+                ids += self._plain.encode(fill(piece, prompt, response, criterion), before)
+            before = piece
         return ids
 
 
