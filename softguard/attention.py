@@ -306,7 +306,7 @@ def rows_of(x: Tensor, groups: int, rows: Rows) -> Tensor:
     """(tokens, heads, width) to the rows' (groups, B, heads a group, T, width); padding holds some token."""
     _, heads, width = x.shape
     order = rows.order(heads, groups)
-    return x.reshape(-1, width).index_select(0, order.spread).view(groups, rows.count, -1, rows.width, width)
+    return x.reshape(-1, width).index_select(0, order.spread).view(groups, rows.count, heads // groups, rows.width, width)
 
 
 def flat_of(x: Tensor, rows: Rows, out: Tensor) -> Tensor:

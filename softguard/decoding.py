@@ -284,7 +284,7 @@ class _Together:
         mixed = torch.nn.functional.scaled_dot_product_attention(
             rows.transpose(0, 1).flatten(1, 2), keys, values, self.seen, scale=self.rows.scaling, enable_gqa=True
         )
-        mixed = mixed.view(self.own.count, groups, -1, *mixed.shape[2:]).transpose(0, 1)
+        mixed = mixed.view(self.own.count, groups, q.shape[1] // groups, *mixed.shape[2:]).transpose(0, 1)
         return flat_of(mixed, self.own, q.new_empty(q.shape))
 
 
@@ -340,13 +340,11 @@ class _AnyRows:
             shared.update(*(x.expand(len(prompts), -1, -1, -1) for x in (layer.keys, layer.values)), index)
         self = cls(base, shared, rows.full_mask(length), rows.positions(length))
         output = self._run(rows.ids)
-        return output if gate is None else output._replace(gated=self.base.head.logits(self._aside(gate))), self
-
-    def _aside(self, gate: Gate) -> Tensor:
-        count, before = len(gate.closing), _empty_cache(self.base)
-        for index, layer in enumerate(self.cache.layers):
-            before.update(layer.keys[:, :, :-count], layer.values[:, :, :-count], index)
-        return gate.hidden(before, self.mask[:, :-count], self.positions[:, -count])
+        if gate is None:
+            return output, self
+        count = len(gate.closing)
+        hidden = gate.hidden(self.cache, self.mask[:, :-count], self.positions[:, -count])
+        return output._replace(gated=base.head.logits(hidden)), self
 
     def step(self, ids: Tensor) -> Output:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)

@@ -111,7 +111,7 @@ def _tv(z_p: Tensor, z_q: Tensor) -> tuple[Tensor, Tensor]:
 def _kl(z_p: Tensor, z_q: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_v p(v)·(z_p(v) − z_q(v)) + log Σ e^z_q − log Σ e^z_p; its gradient at q's logits is q − p."""
     p, q = z_p.softmax(-1), z_q.softmax(-1)
-    difference = (z_p - z_q).nan_to_num_().mul_(p).sum(-1, keepdim=True)  # 0·log 0 = 0
+    difference = (z_p - z_q).mul_(p).nan_to_num_(0.0, torch.inf).sum(-1, keepdim=True)  # 0·log 0 = 0, but 1·log(1/0) = ∞
     value = difference + _log_total(z_q, q) - _log_total(z_p, p)
     return value.squeeze(-1), q.sub_(p)
 

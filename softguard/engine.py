@@ -65,7 +65,7 @@ class Engine:
         Prompts of like length run together. Sampling draws each prompt's tokens from a stream of its own, seeded by `seed`,
         the prompt and how often it came before, so that a result does not depend on its neighbours.
         `progress` is told how many prompts each finished batch held. `keep_hidden` also returns last hidden states.
-        Raises SoftguardError for a prompt that does not fit the model's context.
+        Raises SoftguardError for a prompt of no tokens, or that does not fit the model's context.
         """
         if not max_new_tokens:
             progress(len(prompts))
@@ -177,10 +177,14 @@ class Engine:
                 yield batch
 
     def check_fits(self, prompt: str, max_new_tokens: int, what: str) -> None:
-        """Raises SoftguardError, in which `what` stands for it, for a prompt that does not fit the model's context."""
+        """Raises SoftguardError, in which `what` stands for it, for a prompt of no tokens or that does not fit the context."""
         self._check_length(len(self.chat.encode(prompt)), max_new_tokens, what)
 
     def _check_length(self, length: int, new: int, what: str) -> None:
+        if not length:
+            raise SoftguardError(
+                f"{what} is empty, and the chat template of {self.base.name!r} puts nothing behind it; fill it in"
+            )
         if self.prefix.length + length + new > self.base.context:
             raise SoftguardError(
                 f"{what} has {length} tokens; with {self.prefix.length} of prefix and {new} new ones it exceeds the model's "

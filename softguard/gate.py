@@ -19,6 +19,7 @@ Keys are kept unturned and stand right before the closing wherever that is, so t
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -80,22 +81,32 @@ class Gate:
     def hidden(self, cache: Any, mask: Tensor, positions: Tensor) -> Tensor:
         """Last hidden states, (rows · members, hidden), at the end of a closing that follows `cache` and sees a member.
 
-        `cache`: transformers', of (rows, tokens) that are real where `mask` is 1; it is changed. `positions`: (rows,), of the
-        closing's first token.
+        `cache`: transformers', whose first tokens are seen, (rows, tokens) that are real where `mask` is 1. `positions`:
+        (rows,), of the closing's first token.
         """
-        cache.batch_repeat_interleave(self.members)
-        for index, pair in enumerate(self.turned(positions)):
-            own = (torch.stack(x.chunk(self.members, dim=2), dim=1).flatten(0, 1) for x in pair)
-            cache.update(*own, index)
-        mask, positions = (x.repeat_interleave(self.members, dim=0) for x in (mask, positions))
-        closing = torch.tensor(self.closing, device=mask.device)
-        more = self.n_soft // self.members + len(closing)
+        more = self.n_soft // self.members + len(self.closing)
         window = min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=None)
         if window is not None and mask.shape[1] + more > window:
             raise SoftguardError(
                 f"a gate sees a prompt whole, and this model's attention has a window of {window} tokens, of which the prompt "
                 f"leaves no room for {more} more; shorten it, or use distil.adapter=kv_prefix"
             )
+        turned = [[x.chunk(self.members, dim=2) for x in pair] for pair in self.turned(positions)]
+        ends = [  # one after another, since each copies the whole cache
+            self._member_hidden(cache, [(keys[member], values[member]) for keys, values in turned], mask, positions)
+            for member in range(self.members)
+        ]
+        return torch.stack(ends, dim=1).flatten(0, 1)
+
+    def _member_hidden(self, cache: Any, own: Sequence[tuple[Tensor, Tensor]], mask: Tensor, positions: Tensor) -> Tensor:
+        """(rows, hidden) of `hidden`, by layer beside its `own` keys and values, (rows, key heads, n_soft/members, width)."""
+        from transformers import DynamicCache
+
+        seen, closing = DynamicCache(config=self.base.model.config), torch.tensor(self.closing, device=mask.device)
+        for index, (layer, pair) in enumerate(zip(cache.layers, own, strict=True)):
+            before = (x[:, :, : mask.shape[1]] for x in (layer.keys, layer.values))
+            seen.update(*(torch.cat(parts, dim=2) for parts in zip(before, pair, strict=True)), index)
+        more = own[0][0].shape[2] + len(closing)
         decoder = self.base.model.get_decoder()
         usual = decoder.config._attn_implementation
         if torch.is_grad_enabled() and (mask.device.type, self.base.model.dtype) == ("cpu", torch.bfloat16):
@@ -105,7 +116,7 @@ class Gate:
                 input_ids=closing.expand(len(mask), -1),
                 attention_mask=torch.cat([mask, mask.new_ones(len(mask), more)], dim=1),
                 position_ids=positions[:, None] + torch.arange(len(closing), device=mask.device),
-                past_key_values=cache,
+                past_key_values=seen,
                 use_cache=True,
             )
         finally:

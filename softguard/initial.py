@@ -69,7 +69,7 @@ def _lora(base: BaseModel, budget: int, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, module in base.model.named_modules():
-        if isinstance(module, nn.Linear) and name.split(".")[-1] in targets:
+        if _is_linear(module) and name.split(".")[-1] in targets:
             bound = module.in_features**-0.5  # kaiming_uniform with a = √5
             a = (2 * torch.rand(rank, module.in_features, generator=generator) - 1) * bound
             b = torch.zeros(module.out_features, rank)
@@ -85,7 +85,7 @@ def lora_shape(base: BaseModel, budget: int) -> tuple[int, tuple[str, ...]]:
     Raises SoftguardError if the budget is less than the least LoRA takes.
     """
     layers = decoder_layers(base.model)
-    linear = {name: module for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module for name, module in layers[0].named_modules() if _is_linear(module)}
     sizes = {name.split(".")[-1]: len(layers) * (m.in_features + m.out_features) for name, m in linear.items()}
     attention = [name.split(".")[-1] for name in linear if "attn" in name]
     choices = [tuple(attention[:n]) for n in range(1, len(attention) + 1)] + [tuple(sizes)]
@@ -97,6 +97,11 @@ def lora_shape(base: BaseModel, budget: int) -> tuple[int, tuple[str, ...]]:
         least = min(each.values())
         raise SoftguardError(f"distil.budget is {budget}; the least LoRA of {base.name!r} has {least:,} numbers")
     return rank, targets
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Routers of experts may be linear layers that give more than the product (PhiMoE's)."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 @torch.no_grad()

@@ -5,12 +5,14 @@ import importlib.util
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from softguard.chat import Chat, PlainText
 from softguard.config import ModelConfig
 from softguard.errors import SoftguardError
 from softguard.gguf_files import bar_on_terminals, read_once
@@ -42,8 +44,16 @@ class BaseModel:
 
     @property
     def context(self) -> int:
-        """Longest sequence in tokens, prefix included."""
-        return int(getattr(self.model.config, "max_position_embeddings", 0) or 2**31)
+        """Longest sequence in tokens, prefix included.
+
+        By longrope up to where it changes its factors, which turns all rows of a pass otherwise if one is longer, but no keys
+        that are kept.
+        """
+        config = self.model.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # where kinds of layers turn differently
+        short = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+        return int(min([getattr(config, "max_position_embeddings", 0) or 2**31, *short]))
 
     @property
     def hidden(self) -> int:
@@ -76,7 +86,8 @@ class BaseModel:
     @property
     def pad_id(self) -> int:
         """Any valid id: padded positions are masked."""
-        return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id)
+        own, rows = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id), len(self.model.get_input_embeddings().weight)
+        return next((int(i) for i in own if i is not None and i < rows), 0)
 
 
 def base_of(config: ModelConfig) -> BaseModel:
@@ -95,7 +106,7 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     `quantize`: none, q8_0, q4_0 or q4_1: round the decoder's linear weights to that format of GGUF files and keep the rounded
     values in `dtype`: what a device with such weights computes, to be trained and measured here.
     Raises SoftguardError when it is missing, not a causal language model, of a make that is not supported, only has pickled
-    weights, or has weights that cannot be rounded.
+    weights, has weights that cannot be rounded, or has no embedding of something its tokenizer gives.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -133,7 +144,30 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     _flatten_head_input(model.get_output_embeddings())
     base = BaseModel(spec, model, tokenizer, identity)
     check_supported(spec, model, base.head)
+    _check_ids(base)
     return base
+
+
+def _check_ids(base: BaseModel) -> None:
+    """Raises SoftguardError if a text or the chat template can give an id that has no embedding.
+
+    Texts give the tokenizer's vocabulary and its added tokens, but no control tokens (`PlainText`): some published models have
+    more of those than embeddings (Gemma 3's of images), which matter only where the template has them.
+    """
+    rows, known = len(base.model.get_input_embeddings().weight), base.tokenizer.get_vocab()
+    without = {token: i for token, i in known.items() if i >= rows}
+    if not without:
+        return
+    control = PlainText(base.tokenizer, str(base.tokenizer.chat_template)).control
+    given = {i for token, i in without.items() if not (control and control.fullmatch(token))}
+    with suppress(SoftguardError):  # a guard's prompts may be of another form than chats
+        chat = Chat(base.tokenizer)
+        given |= {i for i in (*chat.prefix.before, *chat.prefix.after, *chat.closing, chat.end_id) if i >= rows}
+    if given:
+        raise SoftguardError(
+            f"model {base.name!r} has {rows:,} embeddings, but its tokenizer gives id {min(given)} "
+            f"({base.tokenizer.convert_ids_to_tokens(min(given))!r}); resize the embeddings or take the model's own tokenizer"
+        )
 
 
 def _round(model: Any, quantize: str, spec: str) -> None:

@@ -182,6 +182,16 @@ def test_impossible_tokens_leave_values_and_gradients_finite() -> None:
     assert z.grad.isfinite().all()
 
 
+def test_a_token_forbidden_to_the_student_alone_is_infinitely_far_and_its_slope_finite() -> None:
+    log_p = torch.tensor([[1.0, 0.5, 0.0], [1.0, -200.0, 0.0]]).log_softmax(-1)  # the second gives it nothing within rounding
+    log_q = torch.tensor([1.0, -torch.inf, 0.0]).log_softmax(-1).expand(2, -1).clone().requires_grad_()
+    kl = token_kl(log_p, log_q)
+    assert kl[0] == torch.inf
+    assert kl[1].item() == pytest.approx(0, abs=1e-6)
+    (slope,) = torch.autograd.grad(kl.sum(), log_q)
+    torch.testing.assert_close(slope, log_q.exp().detach() - log_p.exp())
+
+
 def test_a_token_forbidden_to_both_laws_adds_nothing() -> None:
     forbidden = -torch.inf  # models mask vocabulary they do not use
     log_p = torch.tensor([forbidden, 0.5, 0.0]).log_softmax(-1)

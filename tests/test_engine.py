@@ -1,8 +1,13 @@
+import copy
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from softguard import engine as engine_module
+from softguard import frozen
 from softguard.adapters import Kind
 from softguard.chat import Chat, Slot, Turn
 from softguard.engine import Engine, _inverse_cdf, _largest, _next
@@ -93,6 +98,28 @@ def test_a_prompt_longer_than_the_context_is_told_by_number(small: BaseModel) ->
     engine = Engine(small)
     with pytest.raises(SoftguardError, match=r"prompt 2 has \d+ tokens.*context of 512"):
         engine.generate(["hi", "word " * 600], 8)
+
+
+def test_a_prompt_of_no_tokens_is_told_by_number(small: BaseModel) -> None:
+    tokenizer = copy.deepcopy(small.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ 'User:' if m.role == 'user' }}{{ m.content }}{% endfor %}"
+    engine = Engine(replace(small, tokenizer=tokenizer))
+    told = r"is empty, and the chat template of .* puts nothing behind it; fill it in$"
+    with pytest.raises(SoftguardError, match=f"^prompt 2 {told}"):
+        engine.generate(["hi", ""], 8)
+    with pytest.raises(SoftguardError, match=f"^the conversation {told}"):
+        list(engine.stream([Turn("user", "")], 8))
+    with pytest.raises(SoftguardError, match=f"^line 3 {told}"):
+        engine.check_fits("", 0, "line 3")
+
+
+def test_a_tokenizer_that_names_no_padding_is_padded_where_nothing_is_seen(small: BaseModel, monkeypatch: Any) -> None:
+    monkeypatch.setattr(frozen, "is_plain", lambda decoder: False)
+    tokenizer = copy.deepcopy(small.tokenizer)
+    tokenizer.eos_token = tokenizer.pad_token = None
+    bare, prompts = replace(small, tokenizer=tokenizer), ["hi", "hi there"]  # run together, the first padded
+    assert bare.pad_id == 0
+    assert [r.ids for r in Engine(bare).generate(prompts, 4)] == [r.ids for r in Engine(small).generate(prompts, 4)]
 
 
 def test_a_long_prompt_runs_in_a_batch_of_its_own(small: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,35 @@ def test_a_member_learns_as_it_would_alone(
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["written out", "by transformers"])
+def test_a_prompt_of_no_tokens_passes_the_gate_and_trains_it(
+    small: BaseModel, chat: Chat, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    adapter, prompts = gate_adapter(small), ["", *ROWS]
+    gate, odds = Gate.of(small, chat, adapter), Engine(small, adapter).log_odds(prompts)
+    caches = Engine(small).caches(prompts)
+    assert caches[0].shape[3] == 0
+    monkeypatch.setattr(frozen, "is_plain", lambda decoder: plain)
+    resident, rows = keep_prefix(small, constant_prefix(small, chat, None)), [chat.encode(text) for text in prompts]
+    for kept in (None, caches):
+        torch.testing.assert_close(gated_log_odds(gate, resident, rows, kept)[:, 0], odds, rtol=1e-3, atol=1e-3)
+
+
+def test_members_pass_one_after_another_and_share_the_cache(
+    small: BaseModel, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen, "is_plain", lambda decoder: False)
+    whole = gate_adapter(small, n_soft=6)
+    engine = Engine(small, replace(whole, facts={**whole.facts, "members": 3}))
+    rows = []
+    hook = small.model.get_decoder().register_forward_pre_hook(
+        lambda _, __, given: rows.append(len(given["position_ids"])), with_kwargs=True
+    )
+    engine.prefix.begin([chat.encode(text) for text in ROWS])
+    hook.remove()
+    assert rows == [3] * 4  # the rows' own pass, and a pass of each member
+
+
 def test_the_bias_is_added_to_the_log_odds_wherever_they_are_made(small: BaseModel) -> None:
     adapter = gate_adapter(small)
     biased = replace(adapter, facts={**adapter.facts, "bias": 0.5})

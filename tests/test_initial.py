@@ -1,7 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
+from softguard.adapted import adapted
 from softguard.adapters import VECTORS, Adapter, Kind
 from softguard.chat import Chat
 from softguard.config import DistilConfig
@@ -68,6 +72,24 @@ def test_the_papers_budget_is_met_on_the_demo_model(base: BaseModel) -> None:
     """100 vectors of 576 numbers, as many as rank 1 on queries and keys: 30 · (576 + 576 + 576 + 192)."""
     assert lora_shape(base, 100 * base.hidden) == (1, ("q_proj", "k_proj"))
     assert initial_adapter(base, DistilConfig(adapter="lora", budget=57_600), [], []).parameters == 57_600
+
+
+def test_a_router_that_gives_more_than_a_product_gets_no_lora(small: BaseModel) -> None:
+    """PhiMoE's is a linear layer by type alone; PEFT itself names the same layers."""
+    config = transformers.PhimoeConfig(
+        vocab_size=49152, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, sliding_window=None,
+    )  # fmt: skip
+    model = transformers.PhimoeForCausalLM(config).eval().requires_grad_(False)
+    phi = replace(small, model=model)
+    for budget in (500, 10**9):
+        adapter = initial_adapter(phi, DistilConfig(adapter="lora", budget=budget), [], [])
+        assert not any("router" in name for name in adapter.tensors)
+        changed = adapted(phi, adapter).model
+        named = {name.replace(".default", "") for name, _ in changed.named_parameters() if "lora_" in name}
+        assert named == {name.removeprefix("base_model.model.") for name in adapter.tensors}
+        ids = torch.tensor([[5, 6, 7]])
+        assert torch.equal(changed(ids).logits, model(ids).logits)
 
 
 def test_a_budget_no_lora_fits_is_refused(small: BaseModel) -> None:

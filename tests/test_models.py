@@ -1,12 +1,16 @@
+import copy
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from softguard.chat import Chat
 from softguard.errors import SoftguardError
 from softguard.kernels import log_law
 from softguard.models import BaseModel, fingerprint, load_base
@@ -94,6 +98,53 @@ def test_a_damaged_gguf_file_is_told_in_one_line(tmp_path: Path) -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(SoftguardError, match="float32, bfloat16"):
         load_base("smollm2", dtype="float8")
+
+
+def with_rows(small: BaseModel, small_folder: Path, tmp_path: Path, tokenizer: Any, rows: int) -> Path:
+    """A copy of the small model with so many embeddings, and that tokenizer."""
+    folder = shutil.copytree(small_folder, tmp_path / "rows")
+    model = copy.deepcopy(small.model)
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("token", "special", "template", "told"),
+    [
+        ("<image>", True, "", None),  # Gemma 3's: no text gives it
+        ("<|image|>", False, "", None),
+        ("<image>", False, "", "49152 ('<image>')"),
+        ("<image>", True, "<image>", "49152 ('<image>')"),
+        ("<image>", False, "{% if tools %}<image>{% endif %}", None),  # a control token that no chat here has
+    ],
+)
+def test_ids_beyond_the_embeddings_are_refused_where_something_gives_them(
+    token: str, special: bool, template: str, told: str | None, small: BaseModel, small_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(small.tokenizer)
+    tokenizer.add_tokens([token], special_tokens=special)
+    tokenizer.chat_template = template + tokenizer.chat_template
+    folder = with_rows(small, small_folder, tmp_path, tokenizer, 49152)
+    if told is None:
+        base = load_base(str(folder))
+        assert max(Chat(base.tokenizer).encode(f"{token} {token}")) < 49152
+        return
+    with pytest.raises(SoftguardError, match=rf"has 49,152 embeddings, but its tokenizer gives id {re.escape(told)}; resize"):
+        load_base(str(folder))
+
+
+def test_a_vocabulary_beyond_the_embeddings_is_refused(small: BaseModel, small_folder: Path, tmp_path: Path) -> None:
+    folder = with_rows(small, small_folder, tmp_path, small.tokenizer, 300)
+    with pytest.raises(SoftguardError, match=r"^model .* has 300 embeddings, but its tokenizer gives id 300 \(.*tokenizer$"):
+        load_base(str(folder))
+
+
+def test_padding_has_an_embedding(small: BaseModel) -> None:
+    tokenizer = copy.deepcopy(small.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert replace(small, tokenizer=tokenizer).pad_id == tokenizer.eos_token_id < tokenizer.pad_token_id
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Granite", "Cohere", "Llama"])

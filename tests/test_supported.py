@@ -25,6 +25,20 @@ SMALL = {
     "pad_token_id": 2,
 }  # fmt: skip
 GEMMA3 = {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 48}
+LATENT = {
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+GEMMA4 = {
+    "config": "Gemma4TextConfig", "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+GEMMA3N = {
+    "config": "Gemma3nTextConfig", "head_dim": 8, "vocab_size_per_layer_input": 49152, "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4, "intermediate_size": 48, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4,
+}  # fmt: skip
+OF_TOKENS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 49152}
 STATES = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
 PROMPTS = ["hi", "How do I bake some bread in a very small oven?", "no"]
 
@@ -32,7 +46,7 @@ PROMPTS = ["hi", "How do I bake some bread in a very small oven?", "no"]
 def made(base: BaseModel, make: str, config: str = "", **settings: Any) -> BaseModel:
     torch.manual_seed(0)
     kind = getattr(transformers, config or f"{make}Config")
-    model = getattr(transformers, f"{make}ForCausalLM")(kind(**SMALL, **settings)).eval().requires_grad_(False)
+    model = getattr(transformers, f"{make}ForCausalLM")(kind(**{**SMALL, **settings})).eval().requires_grad_(False)
     return replace(base, name=make, model=model)
 
 
@@ -42,6 +56,13 @@ def made(base: BaseModel, make: str, config: str = "", **settings: Any) -> BaseM
         ("Falcon", {}, "keeps its layers in another way"),
         ("Mamba", {}, "layers that are no attention"),
         ("FalconH1", STATES, "layers that are no attention"),
+        ("Lfm2", {"layer_types": ["conv", "conv"]}, "layers that are no attention"),
+        ("MiniMax", {"num_local_experts": 2}, "cannot be run as is needed here .*MiniMax uses cache of its own"),
+        ("Gemma4", GEMMA4 | OF_TOKENS, "cannot be run as is needed here .*do not exactly match the embedding"),
+        ("Gemma4", GEMMA4 | {"global_head_dim": 16}, "keys and values of several shapes"),
+        ("Youtu", LATENT, "keys and values of several shapes"),
+        ("DeepseekV2", LATENT | {"first_k_dense_replace": 2, "n_routed_experts": 2}, "keys and values of several shapes"),
+        ("Gemma3n", GEMMA3N, "layers without keys and values of their own"),
         ("HyperCLOVAX", {"logits_scaling": 8.0}, "makes its logits in another way"),
     ],
 )
@@ -49,13 +70,20 @@ def test_makes_that_would_be_computed_wrongly_are_refused(
     make: str, settings: dict[str, Any], told: str, small: BaseModel
 ) -> None:
     base = made(small, make, **settings)
-    with pytest.raises(SoftguardError, match=rf"model '{make}' .*{told}"):
+    with pytest.raises(SoftguardError, match=rf"^model '{make}' .*{told}.*; use another model$"):
         check_supported(base.name, base.model, base.head)
 
 
 @pytest.mark.parametrize(
     ("make", "settings"),
-    [("Qwen3", {"head_dim": 8}), ("Olmo2", {}), ("Phi3", {}), ("Mixtral", {}), ("Granite", {"residual_multiplier": 0.22})],
+    [
+        ("Qwen3", {"head_dim": 8}),
+        ("Olmo2", {}),
+        ("Phi3", {}),
+        ("Mixtral", {}),
+        ("Granite", {"residual_multiplier": 0.22}),
+        ("Gemma4", {**GEMMA4, "sliding_window": 48}),
+    ],
 )
 def test_other_makes_run_as_transformers_has_them(make: str, settings: dict[str, Any], small: BaseModel) -> None:
     base = made(small, make, **settings)
@@ -97,6 +125,45 @@ def test_attention_that_would_be_trained_wrongly_is_refused(
 def a_gate(base: BaseModel, text: str = "You are careful.") -> Adapter:
     vectors = initial_vectors(base, "gate", text, 4)
     return Adapter("gate", {VECTORS: vectors}, "start", {"refusal": "No."})
+
+
+def longrope(limit: int) -> dict[str, Any]:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    return {
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": limit,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "factor": 512 / limit, "original_max_position_embeddings": limit,
+            **factors,
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("make", ["Phi3", "Llama"])
+def test_longrope_reads_as_far_as_its_short_factors_reach(make: str, small: BaseModel) -> None:
+    """One token more and a longer row would turn the others, and itself otherwise than the prefix that is kept."""
+    base = made(small, make, **longrope(64))
+    engine = Engine(base)
+    room = 64 - engine.prefix.length - len(engine.chat.closing)
+    prompts = ["hi", "a" + " a" * (room - 2)]
+    for prompt, response in zip(prompts, engine.generate(prompts, 1), strict=True):
+        ids = [*engine.chat.prefix.before, *engine.chat.prefix.after, *engine.chat.encode(prompt)]
+        assert response.ids == (int(base.model(torch.tensor([ids])).logits[0, -1].argmax()),)
+    with pytest.raises(SoftguardError, match=r"prompt 2 has \d+ tokens; .* context of 64; shorten it"):
+        engine.generate(["hi", "a" + " a" * (room - 1)], 1)
+
+
+def test_longrope_of_one_kind_of_layers_counts(small: BaseModel) -> None:
+    base = made(small, "Qwen3")
+    base.model.config.rope_parameters = {"full_attention": longrope(64)["rope_parameters"], "sliding_attention": None}
+    assert base.context == 64
+
+
+def test_a_dynamic_rope_reads_as_far_as_before(small: BaseModel) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    base = made(small, "Qwen3", head_dim=8, rope_parameters=rope)
+    with pytest.raises(SoftguardError, match="context of 512"):
+        Engine(base).generate(["a " * 512], 1)
 
 
 @pytest.mark.parametrize("make", ["Cohere", "Glm"])
