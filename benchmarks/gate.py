@@ -72,12 +72,12 @@ def sides(base: BaseModel, batch: int) -> dict[str, Callable[[], Any]]:
 def our_trainer(base: BaseModel, batch: int) -> _Trainer:
     """A trainer of a gate on packaged prompts, harmful and harmless in turn."""
     recipe = load_recipe(None, ["distil.adapter=gate", f"distil.n_soft={N_SOFT}", f"distil.batch_size={batch}"])
-    trainer = _Trainer(recipe, cast(Corpus, Answers([])), Path("unused"), base)
+    trainer = _Trainer(recipe, cast(Corpus, Answers([], base.precision)), Path("unused"), base)
     suites = [(suite, float(suite == "harmful")) for suite in ("harmful", "contrast", "everyday")]
     sorts = [[(p.text, rate) for p in thin(packaged_suite(suite, "train"), 400)] for suite, rate in suites]
     draw = Draw((), 0.5, 0.5)
     examples = [Example(text, "", rate, (draw,)) for sort in zip(*sorts, strict=True) for text, rate in sort]
-    trainer.corpus = cast(Corpus, Answers(examples))
+    trainer.corpus = cast(Corpus, Answers(examples, base.precision))
     return trainer
 
 

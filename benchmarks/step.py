@@ -10,7 +10,7 @@ of ours runs the base. "in two parts": one half of the rows after the other (`di
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -93,7 +93,7 @@ def our_trainer(base: BaseModel, shape: Shape, keep_hidden: bool, parts: int = 1
     """A trainer whose corpus is `shape.batch` random answers to prompts of one length."""
     sizes = [f"distil.n_soft={N_SOFT}", f"distil.batch_size={shape.batch}", f"distil.accumulate={parts}"]
     recipe = load_recipe(None, ["distil.adapter=soft_prompt", "distil.objective=kl", *sizes])
-    trainer = _Trainer(recipe, cast(Corpus, Answers([])), Path("unused"), base)
+    trainer = _Trainer(recipe, cast(Corpus, Answers([], base.precision)), Path("unused"), base)
     chat = trainer.passes.chat
     prompt = next(t for n in range(shape.prompt) if len(chat.encode(t := " ".join(["the"] * n))) == shape.prompt)
     answers = random_ids(shape.batch, shape.response)
@@ -102,7 +102,7 @@ def our_trainer(base: BaseModel, shape: Shape, keep_hidden: bool, parts: int = 1
         rows = [chat.encode(prompt) + ids[:-1] for ids in answers]
         states = list(trainer.passes.teacher(rows, [shape.response] * shape.batch))
     examples = [Example(prompt, "", 0.0, (Draw(tuple(ids), 1.0, 1.0, h),)) for ids, h in zip(answers, states, strict=True)]
-    trainer.corpus = cast(Corpus, Answers(examples))
+    trainer.corpus = cast(Corpus, Answers(examples, base.precision))
     return trainer
 
 
@@ -111,12 +111,13 @@ class Answers:
     """As much of a corpus as a step asks for."""
 
     all: list[Example]
+    precision: str  # in which the base's states and caches were kept
     fingerprint: str = ""
-    manifest: Mapping[str, Any] = field(
-        default_factory=lambda: {
-            "guard": "", "guard_fingerprint": "", "policy": False, "refusals": ["No."], "threshold": None, "precision": ""
-        }
-    )  # fmt: skip
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        made: dict[str, Any] = {"guard": "", "guard_fingerprint": "", "system": {}, "refusals": ["No."], "threshold": None}
+        return {**made, "precision": self.precision}
 
     def examples(self, split: str, indices: list[int], caches: bool = False) -> list[Example]:
         return [self.all[i] for i in indices]

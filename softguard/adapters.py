@@ -25,11 +25,12 @@ import numpy as np
 from torch import Tensor
 
 from softguard.chat import Slot
+from softguard.config import fingerprint
 from softguard.errors import DivergedError, SoftguardError
 from softguard.files import read_json, write_file, write_json
 from softguard.models import BaseModel
 
-VERSION = 3
+VERSION = 4
 VECTORS = "prompt_embeddings"  # PEFT's name for the vectors of soft prompts and prefixes
 DIRECTION = "direction."  # llama.cpp's for a steering vector; the layer's number follows
 Kind = Literal["soft_prompt", "kv_prefix", "gate", "lora", "steering", "text"]
@@ -102,20 +103,18 @@ class Adapter:
             fields = {k: getattr(v, "value", v) for k, v in peft_config(self, base).to_dict().items() if v is not None}
             listed = {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
             write_json(folder / "adapter_config.json", listed)
-        write_json(
-            folder / "softguard.json",
-            {
-                "version": VERSION,
-                "adapter": self.kind,
-                "slot": self.slot,
-                **({"n_soft": len(self.vectors)} if VECTORS in self.tensors else {}),
-                **({"text": self.text} if self.kind == "text" else {}),
-                "weights_sha256": hashlib.sha256(blob).hexdigest(),
-                "model": base.name,
-                "base": base.fingerprint,
-                **self.facts,
-            },
-        )
+        said = {
+            "version": VERSION,
+            "adapter": self.kind,
+            "slot": self.slot,
+            **({"n_soft": len(self.vectors)} if VECTORS in self.tensors else {}),
+            **({"text": self.text} if self.kind == "text" else {}),
+            "weights_sha256": hashlib.sha256(blob).hexdigest(),
+            "model": base.name,
+            "base": base.fingerprint,
+            **self.facts,
+        }
+        write_json(folder / "softguard.json", {**said, "seal": fingerprint(said)})
 
     @classmethod
     def load(cls, folder: Path, base: BaseModel) -> "Adapter":
@@ -126,6 +125,7 @@ class Adapter:
         from safetensors.torch import load
 
         facts = read_json(folder / "softguard.json", "softguard adapter")
+        seal = facts.pop("seal", None)
         if facts.get("version") != VERSION:
             raise SoftguardError(
                 f"adapter {folder} has version {facts.get('version')}, this softguard reads {VERSION}; distil again"
@@ -143,9 +143,8 @@ class Adapter:
             raise SoftguardError(
                 f"adapter {folder} is damaged: its weights are not those softguard.json was written for; distil again"
             )
-        own = {"gate": ["refusal"], "text": ["text"]}.get(str(facts.get("adapter")), [])
-        if missing := [key for key in ("adapter", "slot", *own) if key not in facts]:
-            raise SoftguardError(f"adapter {folder} is damaged: softguard.json lacks {missing[0]!r}; distil again")
+        if fingerprint(facts) != seal:
+            raise SoftguardError(f"adapter {folder} is damaged: its softguard.json is not as it was written; distil again")
         known = ("version", "adapter", "slot", "text", "n_soft", "weights_sha256", "model", "base")
         tensors = {name: tensor.float().to(base.device) for name, tensor in load(blob).items()}
         rest = {k: v for k, v in facts.items() if k not in known}

@@ -27,7 +27,7 @@ def keep_caches(path: Path, prompts: Sequence[str], engine: Engine, batch_size: 
 
     Raises SoftguardError for a model they are not kept of, or a full disk.
     """
-    identity = fingerprint(list(prompts))
+    identity = fingerprint(list(prompts), engine.base.fingerprint, engine.base.precision)
     if _identity(path) == identity:
         progress(len(prompts))
         return

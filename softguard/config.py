@@ -59,6 +59,19 @@ class SystemConfig:
     refusal: str = "Sorry, I cannot help with this matter."
     policy: Mapping[str, Action] = field(default_factory=dict)  # category -> action; of all others the refusal
 
+    @property
+    def taught(self) -> dict[str, Any]:
+        """What a corpus and an adapter keep of it: all but the guard's name, behind which another may stand elsewhere."""
+        return {key: value for key, value in _plain(self).items() if key != "guard"}
+
+    def check_taught(self, taught: Mapping[str, Any], what: str) -> None:
+        """Raises SoftguardError, naming the setting, if `what` was made by another system, of whose `taught` it tells."""
+        for key, value in self.taught.items():
+            if key in taught and taught[key] != value:
+                raise SoftguardError(
+                    f"{what} was made with system.{key} {taught[key]!r}, not {value!r}; give the former, or make it anew"
+                )
+
 
 @dataclass(frozen=True)
 class TeachConfig:
@@ -164,6 +177,12 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
 
+    @property
+    def deciding(self) -> "Recipe":
+        """It with the defaults of what changes how a command goes about its work, and nothing that comes of it."""
+        distil = dataclasses.replace(self.distil, checkpoint_every=DistilConfig.checkpoint_every)
+        return dataclasses.replace(self, teach=dataclasses.replace(self.teach, keep_caches=False), distil=distil)
+
     def __post_init__(self) -> None:
         """Raises SoftguardError for values no stage could run with."""
         d, t = self.distil, self.teach
@@ -194,6 +213,8 @@ class Recipe:
         for key, number in not_negative.items():
             if number is not None and not 0 <= number < _LARGEST:
                 raise SoftguardError(f"{key} is {number}; it must not be negative, and below {_LARGEST:g}")
+        if 0 < t.temperature < 1e-6:  # by which logits overflow
+            raise SoftguardError(f"teach.temperature is {t.temperature}; it must be 0, which is greedy, or at least 1e-6")
         if not t.max_new_tokens and (d.adapter != "gate" or self.system.mode != "prompt"):
             raise SoftguardError(
                 f"teach.max_new_tokens is 0, but distil.adapter is {d.adapter} and system.mode {self.system.mode}; only a gate "

@@ -10,7 +10,7 @@ Beside each shard may lie the `caches` of its prompts.
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,7 @@ from softguard.models import BaseModel
 from softguard.prompts import Prompt, read_prompts, read_rows
 from softguard.system import SafeSystem
 
-VERSION = 5
+VERSION = 6
 _ROW_GROUP = 32  # prompts; what reading one example costs
 _SCHEMA = pa.schema(
     [
@@ -56,6 +56,12 @@ _SCHEMA = pa.schema(
             ),
         ),
     ]
+)
+
+
+_MANIFEST = (
+    *("model", "base", "template", "guard", "guard_fingerprint", "system", "refusals", "threshold", "settings"),
+    *("precision", "shard_size", "longest", "prompts", "shards"),
 )
 
 
@@ -108,6 +114,7 @@ class Corpus:
 
     folder: Path
     manifest: dict[str, Any]
+    _sound: set[Path] = field(default_factory=set, repr=False, compare=False)  # shards whose bytes were compared
 
     @classmethod
     def open(cls, folder: Path, base: BaseModel | None = None) -> "Corpus":
@@ -122,6 +129,8 @@ class Corpus:
             )
         if not manifest.get("fingerprint"):
             raise SoftguardError(f"corpus {folder} is unfinished; run the same teach command again to complete it")
+        if lacking := [key for key in _MANIFEST if key not in manifest]:
+            raise SoftguardError(f"{folder / 'manifest.json'} is damaged: it lacks {lacking[0]!r}; remove it and teach again")
         if base is not None and manifest["base"] != base.fingerprint:
             raise SoftguardError(
                 f"corpus {folder} was drawn from model {manifest['model']!r} ({manifest['base']}), not from {base.name!r} "
@@ -175,6 +184,9 @@ class Corpus:
     def _shard(self, split: str, number: int) -> Iterator[pq.ParquetFile]:
         path = self._shards(split)[number]
         try:
+            if path not in self._sound and _digest(path) != self.manifest["shards"][split][number]:
+                raise SoftguardError(f"corpus shard {path} is missing or damaged; remove it and teach again")
+            self._sound.add(path)
             with pq.ParquetFile(path) as table:
                 yield table
         except (OSError, pa.ArrowException) as error:
@@ -202,15 +214,19 @@ def teach(
         write_json(out / "manifest.json", {**teacher, "fingerprint": None})
     shards: dict[str, list[str]] = {}
     prompts: dict[str, int] = {}
+    longest = 0
     for split, source in sources.items():
 
         def told(stage: str, done: int, split: str = split) -> None:
             progress(f"{stage} {split}", done, totals[split])
 
-        made = list(_draw_split(recipe, *source, out / split, engine, system, known.get(split, []), told))
+        own = (known.get(split, []), teacher["settings"])
+        made = list(_draw_split(recipe, *source, out / split, engine, system, *own, told))
+        longest = max(longest, *(shard.longest for shard in made))
         shards[split], prompts[split] = [shard.digest for shard in made], sum(shard.prompts for shard in made)
     identity = fingerprint(teacher["settings"], shards)
-    write_json(out / "manifest.json", {**teacher, "fingerprint": identity, "prompts": prompts, "shards": shards})
+    found = {"fingerprint": identity, "prompts": prompts, "longest": longest, "shards": shards}
+    write_json(out / "manifest.json", {**teacher, **found})
     return Corpus.open(out, base)
 
 
@@ -224,9 +240,8 @@ def check_teaching(recipe: Recipe, out: Path, engine: Engine, system: SafeSystem
     _known_shards(out, _teacher(recipe, engine.base, system))
     if recipe.teach.keep_caches:
         engine.caches([])  # fails for a model they are not kept of
-    return {
-        split: _count(source, limit, recipe.teach.max_new_tokens, engine) for split, (source, limit) in _sources(recipe).items()
-    }
+    new = max(recipe.teach.max_new_tokens, *(len(engine.chat.encode_response(text)) for text in system.policy.refusals))
+    return {split: _count(source, limit, new, engine) for split, (source, limit) in _sources(recipe).items()}
 
 
 def _teacher(recipe: Recipe, base: BaseModel, system: SafeSystem) -> dict[str, Any]:
@@ -239,7 +254,7 @@ def _teacher(recipe: Recipe, base: BaseModel, system: SafeSystem) -> dict[str, A
         "template": template,
         "guard": system.guard.name,
         "guard_fingerprint": system.guard.fingerprint,
-        "policy": bool(recipe.system.policy),
+        "system": recipe.system.taught,
         "refusals": list(system.policy.refusals),
         "threshold": system.threshold if recipe.system.decision == "threshold" else None,
         "settings": fingerprint(
@@ -249,7 +264,7 @@ def _teacher(recipe: Recipe, base: BaseModel, system: SafeSystem) -> dict[str, A
             system.threshold,
             recipe.system,
             system.policy.fingerprint,
-            recipe.teach,
+            recipe.deciding.teach,
             recipe.seed,
         ),
         "precision": base.precision,
@@ -286,6 +301,7 @@ def _count(source: str, limit: int, new: int, engine: Engine) -> int:
 class _Shard(NamedTuple):
     digest: str  # of the file's bytes
     prompts: int
+    longest: int  # of its prompts, tokens
 
 
 def _draw_split(
@@ -296,11 +312,12 @@ def _draw_split(
     engine: Engine,
     system: SafeSystem,
     known: list[str],
+    settings: str,
     progress: Callable[[str, int], None],
 ) -> Iterator[_Shard]:
     """Make the split's missing shards and yield them all; `progress` is told a stage and how many prompts went through it.
 
-    `known`: the digests of those of a finished corpus.
+    `known`: the digests of those of a finished corpus. `settings`: identity of how shards are made.
     """
     drawn, kept = partial(progress, "teach"), partial(progress, "keep caches of")
     prompts = read_prompts(source, limit)
@@ -310,20 +327,23 @@ def _draw_split(
         asked = hashlib.sha256("\0".join(p.text for p in shard).encode()).hexdigest()[:16]
         if path.is_file():
             try:
-                stored = (pq.read_schema(path).metadata or {}).get(b"prompts", b"").decode()
+                stored = pq.read_schema(path).metadata or {}
             except (OSError, pa.ArrowInvalid):
-                stored = ""
-            if stored not in ("", asked):
+                stored = {}
+            if stored.get(b"prompts", asked.encode()) != asked.encode():
                 raise SoftguardError(f"{path} holds other prompts than {source} has now; choose another --out or remove it")
-            if not stored or (number < len(known) and _digest(path) != known[number]):
+            if stored.get(b"settings", settings.encode()) != settings.encode():
+                raise SoftguardError(f"{path} was made with other settings; choose another --out or remove it")
+            if not {b"prompts", b"settings"} <= stored.keys() or (number < len(known) and _digest(path) != known[number]):
                 raise SoftguardError(f"{path} is damaged; remove it and teach again")
             drawn(len(shard))
         else:
-            table = _draw(recipe, shard, engine, system, drawn).replace_schema_metadata({"prompts": asked})
+            table = _draw(recipe, shard, engine, system, drawn)
+            table = table.replace_schema_metadata({"prompts": asked, "settings": settings})
             write_file(path, partial(pq.write_table, table, row_group_size=_ROW_GROUP))
         if recipe.teach.keep_caches:
             keep_caches(caches_of(path), [prompt.text for prompt in shard], engine, recipe.teach.batch_size, kept)
-        yield _Shard(_digest(path), len(shard))
+        yield _Shard(_digest(path), len(shard), max(len(engine.chat.encode(prompt.text)) for prompt in shard))
         number += 1
 
 
@@ -375,7 +395,7 @@ def _instead(engine: Engine, system: SafeSystem, response: Response, text: str) 
     """Ids of what is said instead; what is made of a response that was broken off is broken off, too."""
     if text in system.policy.refusals or not response.ids or response.ids[-1] in engine.chat.stop_ids:
         return engine.chat.encode_response(text)
-    return engine.chat.plain_ids(text)
+    return engine.chat.response_ids(text)
 
 
 def _example(row: dict[str, Any]) -> Example:

@@ -4,6 +4,7 @@ Batches are a function of (seed, step) alone and checkpoints hold the optimiser'
 ends with the weights of an undisturbed one.
 """
 
+import hashlib
 import json
 import time
 import warnings
@@ -91,9 +92,7 @@ def check_distil(recipe: Recipe, out: Path, base: BaseModel) -> None:
     wanted = recipe.distil
     if wanted.n_soft >= base.context and wanted.adapter in ("soft_prompt", "kv_prefix", "gate"):
         raise SoftguardError(f"distil.n_soft is {wanted.n_soft}; {base.name!r} reads {base.context} tokens in all, lower it")
-    if wanted.adapter != "steering":  # which starts from the corpus
-        facts = {"refusal": recipe.system.refusal, "members": wanted.members}  # which a gate needs
-        Engine(base, replace(initial_adapter(base, wanted, [], []), facts=facts))
+    _engine_at_start(recipe, base)
 
 
 def check_objective(recipe: Recipe) -> None:
@@ -113,19 +112,40 @@ def check_run(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> Non
     holds a run of other settings.
     """
     check_distil(recipe, out, base)
+    recipe.system.check_taught(corpus.manifest["system"], f"corpus {corpus.folder}")
+    _check_lengths(recipe, corpus, base)
     adapter = recipe.distil.adapter
     if recipe.distil.taken_steps and adapter != "gate" and not corpus.examples("train", [0])[0].responses[0].ids:
         raise SoftguardError(
             f"corpus {corpus.folder} holds no responses, which a {adapter} learns from; teach again with teach.max_new_tokens "
             "above 0"
         )
-    if recipe.distil.taken_steps and adapter == "gate" and corpus.manifest["policy"]:
-        raise SoftguardError(f"corpus {corpus.folder} was taught with a system.policy {_ONE_REFUSAL}")
     for name, what in (("softguard.json", "adapter"), ("checkpoint/state.json", "checkpoint")):
         if (out / name).is_file() and read_json(out / name, what).get("settings") != _settings(recipe, corpus, base):
             raise SoftguardError(
                 f"{out} holds a run with other settings, model, precision or corpus; choose another --out or remove it"
             )
+
+
+def _check_lengths(recipe: Recipe, corpus: Corpus, base: BaseModel) -> None:
+    """Raises SoftguardError if the adapter leaves a prompt of the corpus too little room for what is learned of it."""
+    engine = _engine_at_start(recipe, base) or Engine(base)
+    refusals = [len(engine.chat.encode_response(text)) for text in corpus.manifest["refusals"]]
+    before, longest, new = engine.prefix.length, corpus.manifest["longest"], max(recipe.teach.max_new_tokens, *refusals)
+    if before + longest + new > base.context:
+        raise SoftguardError(
+            f"the longest prompt of corpus {corpus.folder} has {longest} tokens; with {before} of prefix and {new} new ones it "
+            f"exceeds the model's context of {base.context}; take a shorter adapter, or teach without that prompt"
+        )
+
+
+def _engine_at_start(recipe: Recipe, base: BaseModel) -> Engine | None:
+    """The model with the adapter before its first step; none for a steering vector, which starts from the corpus."""
+    wanted = recipe.distil
+    if wanted.adapter == "steering":
+        return None
+    facts = {"refusal": recipe.system.refusal, "members": wanted.members}  # which a gate needs
+    return Engine(base, replace(initial_adapter(base, wanted, [], []), facts=facts))
 
 
 def time_step(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> float:
@@ -161,7 +181,8 @@ def _start(recipe: Recipe, corpus: Corpus, base: BaseModel) -> Adapter:
 
 def _settings(recipe: Recipe, corpus: Corpus, base: BaseModel) -> str:
     drawn = [recipe.teach.max_new_tokens] if recipe.distil.objective in ON_POLICY else []  # of the student's own answers
-    return fingerprint(base.fingerprint, corpus.fingerprint, recipe.distil, recipe.system, recipe.seed, base.precision, *drawn)
+    known = (base.fingerprint, corpus.fingerprint, recipe.deciding.distil, recipe.system, recipe.seed, base.precision)
+    return fingerprint(*known, *drawn)
 
 
 def _facts(recipe: Recipe, corpus: Corpus, base: BaseModel) -> dict[str, Any]:
@@ -173,6 +194,7 @@ def _facts(recipe: Recipe, corpus: Corpus, base: BaseModel) -> dict[str, Any]:
         **({"members": recipe.distil.members} if recipe.distil.adapter == "gate" else {}),
         "guard": corpus.manifest["guard"],
         "guard_fingerprint": corpus.manifest["guard_fingerprint"],
+        "system": corpus.manifest["system"],
         "corpus": corpus.fingerprint,
         "settings": _settings(recipe, corpus, base),
         "seed": recipe.seed,
@@ -269,8 +291,11 @@ class _Trainer:
         return {name: tensor.detach().clone() for name, tensor in self.student.tensors.items()}
 
     def _examples(self, split: str, indices: list[int]) -> list[Example]:
-        alike = self.corpus.manifest["precision"] == self.base.precision  # caches of another are not this base's
-        return self.corpus.examples(split, indices, caches=self.student.kind == "gate" and alike)
+        """Caches and states that were kept in another precision are not this base's."""
+        if self.corpus.manifest["precision"] == self.base.precision:
+            return self.corpus.examples(split, indices, caches=self.student.kind == "gate")
+        examples = self.corpus.examples(split, indices)
+        return [e._replace(responses=tuple(draw._replace(hidden=None) for draw in e.responses)) for e in examples]
 
     def _train_step(self, indices: list[int], epoch: int) -> Step:
         examples = sorted(self._examples("train", indices), key=lambda e: len(e.prompt))
@@ -404,7 +429,6 @@ class _Trainer:
 
     def _resume(self) -> None:
         """Take up the checkpoint, if there is one, and drop log lines written after it."""
-        from safetensors import SafetensorError
         from safetensors.torch import load
 
         folder = self.out / "checkpoint"
@@ -412,11 +436,14 @@ class _Trainer:
             return
         state = read_json(folder / "state.json", "checkpoint")
         try:
-            tensors = load((folder / state["tensors"]).read_bytes())
+            blob = (folder / state["tensors"]).read_bytes()
             lines = (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()
             self.log = [line for line in lines if json.loads(line)["step"] <= state["step"]]
-        except (OSError, SafetensorError, ValueError) as error:
+            if state.pop("seal") != _seal(state, blob, self.log):
+                raise ValueError("not as it was written")
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise SoftguardError(f"{folder} or the log beside it is damaged ({error}); remove it to train anew") from error
+        tensors = load(blob)
         self.step, self.best_loss, self.since_best = state["step"], float(state["best_loss"]), state["since_best"]
         current = self.optimiser.state_dict()
         for number, (name, parameter) in enumerate(self.trained.items()):
@@ -444,19 +471,22 @@ class _Trainer:
         blob = save({k: v.cpu().contiguous() for k, v in tensors.items()})
         write_text(self.out / "log.jsonl", "".join(line + "\n" for line in self.log))
         write_file(folder / name, lambda beside: beside.write_bytes(blob))
-        write_json(
-            folder / "state.json",
-            {
-                "settings": self.settings,
-                "step": self.step,
-                "tensors": name,
-                "best_loss": self.best_loss if np.isfinite(self.best_loss) else "inf",  # before the first validation
-                "since_best": self.since_best,
-            },
-        )
+        state = {
+            "settings": self.settings,
+            "step": self.step,
+            "tensors": name,
+            "best_loss": self.best_loss if np.isfinite(self.best_loss) else "inf",  # before the first validation
+            "since_best": self.since_best,
+        }
+        write_json(folder / "state.json", {**state, "seal": _seal(state, blob, self.log)})
         for old in folder.glob("step-*.safetensors"):
             if old.name != name:
                 old.unlink()
+
+
+def _seal(state: dict[str, Any], tensors: bytes, log: Sequence[str]) -> str:
+    """Identity of a checkpoint."""
+    return hashlib.sha256(json.dumps([state, list(log)], sort_keys=True).encode() + tensors).hexdigest()
 
 
 def _batches(refusal_rates: np.ndarray[Any, np.dtype[np.float64]], size: int, seed: int) -> Iterator[tuple[list[int], int]]:

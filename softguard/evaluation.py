@@ -172,7 +172,7 @@ def engines_of(base: BaseModel, adapter: Adapter | None) -> dict[System, Engine]
 def refusals_of(system: SafeSystem, chat: Chat, max_new_tokens: int) -> tuple[str, ...]:
     """The system's refusals: whole, as it says them itself, and as far as a model comes with them in so many tokens."""
     whole = system.policy.refusals
-    cut = (chat.decode(chat.plain_ids(refusal)[:max_new_tokens]) for refusal in whole)
+    cut = (chat.decode(chat.response_ids(refusal)[:max_new_tokens]) for refusal in whole)
     return tuple(dict.fromkeys(refusal for refusal in (*whole, *cut) if refusal))
 
 
@@ -194,13 +194,15 @@ def check_evaluation(
             f"the adapter was distilled from a system with guard {adapter.facts.get('guard')!r} ({taught[:16]}), not "
             f"{system.guard.name!r} ({asked[:16]}), whose safety gap is another; give the former as system.guard"
         )
+    if adapter is not None:
+        system.config.check_taught(adapter.facts.get("system", {}), "the adapter")
     check_folder(out)
     suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
     for engine in engines:
         for suite in suites:
             for number, prompt in enumerate(suite.prompts):
                 choices = suite.choices[number] if suite.choices else ()  # which are scored, as if they had been answered
-                new = max([recipe.evaluate.max_new_tokens, *(len(engine.chat.plain_ids(choice)) for choice in choices)])
+                new = max([recipe.evaluate.max_new_tokens, *(len(engine.chat.response_ids(choice)) for choice in choices)])
                 engine.check_fits(prompt, new, f"prompt {number + 1} of suite {suite.name}")
     return suites
 
@@ -265,9 +267,10 @@ class _Run:
         made_by = fingerprint(self.base.fingerprint, precision, code, self._identity[name], *asked)
         if path.is_file():
             kept = read_json(path, "file of answers")
-            if kept.get("made_by") == made_by:
+            answers = kept.get("answers")
+            if kept.get("made_by") == made_by and isinstance(answers, list) and len(answers) == len(suite.prompts):
                 told(len(suite.prompts))
-                return list(kept["answers"])
+                return answers
         made = make(told)
         write_json(path, {"made_by": made_by, "answers": made})
         return made

@@ -73,9 +73,10 @@ def tv(batch: Batch, length: Length) -> Losses:
     safe branch: α·(log(1 − P(R₁|∅)) − log(1 − q(R₁)))₊ + λ·(TV(P(·|∅), q(·|∅)) + Σ_{t>1} α·TV(p_t, q_t))
     refusal branch: U·(log U − log q(y_r))₊
 
-    P(·|∅) = (1 − U)·p + U·1[r₁] is the system's law of the first token, r₁ the first token of the row's refusal and R₁ those
-    of all refusals. TV is flat both where a refusal has no mass yet and where it has nearly all of it; the log-hinges on
-    refusing and on answering bound the TV of that decision from above and pull in both places.
+    The safe branch is of responses the system may keep, α > 10⁻³. P(·|∅) = (1 − U)·p + U·1[r₁] is the system's law of the
+    first token, r₁ the first token of the row's refusal and R₁ those of all refusals. TV is flat both where a refusal has no
+    mass yet and where it has nearly all of it; the log-hinges on refusing and on answering bound the TV of that decision from
+    above and pull in both places.
     """
     return _decided(batch, length, token_tv)
 

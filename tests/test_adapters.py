@@ -71,15 +71,26 @@ def test_weights_that_are_not_the_sealed_ones_are_refused(small: BaseModel, tmp_
         Adapter.load(tmp_path, small)
 
 
-@pytest.mark.parametrize(("kind", "key"), [("soft_prompt", "slot"), ("gate", "refusal"), ("text", "text")])
-def test_facts_it_cannot_do_without_are_told(kind: Kind, key: str, small: BaseModel, tmp_path: Path) -> None:
-    tensors = {} if kind == "text" else random_adapter(small, kind).tensors
-    Adapter(kind, tensors, "start", FACTS, "Be kind." if kind == "text" else "").save(tmp_path, small)
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *(("gate", change) for change in ({"bias": -100.0}, {"bias": None}, {"refusal": ""}, {"members": 0}, {"seal": 5})),
+        *(("gate", change) for change in ({"adapter": "gates"}, {"adapter": "kv_prefix"}, {"guard": "another"})),
+        *(("soft_prompt", {"slot": "system"}), ("text", {"text": "Be rude."})),
+    ],
+)
+def test_facts_that_are_not_the_sealed_ones_are_refused(
+    kind: Kind, change: dict[str, object], small: BaseModel, tmp_path: Path
+) -> None:
+    tensors, text = ({}, "Be kind.") if kind == "text" else (random_adapter(small, kind).tensors, "")
+    Adapter(kind, tensors, "start", {**FACTS, "bias": 0.3, "members": 1}, text).save(tmp_path, small)
+    Adapter.load(tmp_path, small)
     facts = json.loads((tmp_path / "softguard.json").read_text())
-    del facts[key]
-    (tmp_path / "softguard.json").write_text(json.dumps(facts))
-    with pytest.raises(SoftguardError, match=f"softguard.json lacks '{key}'"):
-        Adapter.load(tmp_path, small)
+    left = {key: value for key, value in facts.items() if key not in change}
+    for changed in (left | change, left):  # another value, or none
+        (tmp_path / "softguard.json").write_text(json.dumps(changed))
+        with pytest.raises(SoftguardError, match=r"damaged: its softguard\.json is not as it was written"):
+            Adapter.load(tmp_path, small)
 
 
 def test_a_folder_without_an_adapter_is_told(small: BaseModel, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Recipes: YAML in and out, typing slips, impossible values, and the fingerprint."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -314,6 +315,27 @@ def test_shares_must_lie_between_0_and_1(key: str, value: float) -> None:
 
 def test_threshold_may_be_either_end() -> None:
     assert [load_recipe(overrides=[f"system.threshold={t}"]).system.threshold for t in (0, 1)] == [0, 1]
+
+
+@pytest.mark.parametrize("value", [1e-7, 1e-40])
+def test_a_temperature_by_which_logits_overflow_is_refused(value: float) -> None:
+    with pytest.raises(SoftguardError, match=r"teach\.temperature is .* must be 0, which is greedy, or at least 1e-6"):
+        load_recipe(None, [f"teach.temperature={value}"])
+
+
+def test_what_changes_no_result_does_not_decide() -> None:
+    plain = load_recipe(None)
+    assert load_recipe(None, ["teach.keep_caches=true", "distil.checkpoint_every=7"]).deciding == plain.deciding == plain
+    assert load_recipe(None, ["teach.batch_size=7"]).deciding != plain
+
+
+def test_another_system_is_told_by_its_setting_but_not_by_the_name_of_its_guard() -> None:
+    system = load_recipe(None, ["system.policy.S1.action=keep"]).system
+    kept = json.loads(json.dumps(system.taught))
+    load_recipe(None, ["system.policy.S1.action=keep", "system.guard=mine:guard"]).system.check_taught(kept, "it")
+    for change in ("refusal=No.", "policy={}", "threshold=0.5", "mode=response"):
+        with pytest.raises(SoftguardError, match=rf"it was made with system\.{change.partition('=')[0]} "):
+            load_recipe(None, ["system.policy.S1.action=keep", f"system.{change}"]).system.check_taught(kept, "it")
 
 
 def test_refusal_must_say_something() -> None:

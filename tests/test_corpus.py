@@ -332,6 +332,33 @@ def test_a_finished_corpus_is_compared_with_its_prompts_and_its_seals(prompts: P
         make(prompts, out, small)
 
 
+def test_a_shard_of_another_teacher_is_refused_though_the_manifest_is_lost(
+    prompts: Path, tmp_path: Path, small: BaseModel
+) -> None:
+    out = tmp_path / "corpus"
+    make(prompts, out, small)
+    (out / "manifest.json").unlink()
+    with pytest.raises(SoftguardError, match=r"00000\.parquet was made with other settings"):
+        make(prompts, out, small, "system.guard=tests.guards_for_tests:half")
+    (out / "manifest.json").unlink(missing_ok=True)
+    make(prompts, out, small)
+
+
+def test_caches_may_be_kept_of_a_finished_corpus(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    corpus = make(prompts, tmp_path / "corpus", small)
+    kept = make(prompts, tmp_path / "corpus", small, "teach.keep_caches=true")
+    assert kept == corpus
+    assert kept.examples("train", [3], caches=True)[0].cache is not None
+
+
+@pytest.mark.parametrize("key", ["base", "template", "system", "longest", "shards"])
+def test_a_manifest_that_lacks_something_is_told(key: str, prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    path = make(prompts, tmp_path / "corpus", small).folder / "manifest.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+    with pytest.raises(SoftguardError, match=rf"manifest\.json is damaged: it lacks '{key}'"):
+        Corpus.open(path.parent, small)
+
+
 @pytest.mark.parametrize("new", [0, 4])
 def test_a_prompt_too_long_for_the_model_is_named_before_anything_is_drawn(
     new: int, prompts: Path, tmp_path: Path, small: BaseModel

@@ -432,12 +432,34 @@ def test_caches_of_another_precision_are_not_taken(prompts: Path, small: BaseMod
     assert _Trainer(wanted, made, tmp_path / "b", small)._examples("train", [0])[0].cache is None
 
 
-def test_a_gate_does_not_learn_from_a_corpus_taught_with_a_policy(prompts: Path, small: BaseModel, tmp_path: Path) -> None:
-    policy = ["system.guard=tests.guards_for_tests:by_category", "system.policy.medicine.action=keep"]
-    taught = recipe(prompts, *policy)
-    made = teach(taught, tmp_path / "corpus", small, SafeSystem.from_config(taught.system))
-    with pytest.raises(SoftguardError, match=r"was taught with a system\.policy and a gate says one refusal"):
-        distil(recipe(prompts, "distil.adapter=gate"), made, tmp_path / "out", small)
+@pytest.mark.parametrize(
+    "change",
+    ["refusal=No.", "threshold=0.3", "mode=response", "decision=probabilistic", "policy={weapons: {action: keep}}"],
+)
+def test_a_corpus_of_another_system_is_refused(
+    change: str, prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    wanted = recipe(prompts, f"system.{change}")
+    with pytest.raises(SoftguardError, match=rf"was made with system\.{change.partition('=')[0]} "):
+        distil(wanted, corpus, tmp_path / "out", small)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [["distil.adapter=kv_prefix", "distil.n_soft=480"], ["distil.n_soft=480"]])
+def test_an_adapter_that_leaves_prompts_no_room_is_refused(
+    changes: list[str], prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    with pytest.raises(SoftguardError, match=r"the longest prompt of corpus .* exceeds the model's context of 512"):
+        distil(recipe(prompts, *changes), corpus, tmp_path / "out", small)
+
+
+def test_states_of_another_precision_are_not_taken(prompts: Path, small: BaseModel, tmp_path: Path) -> None:
+    wanted = recipe(prompts, "teach.keep_hidden=true")
+    coarse = load_base(small.name, dtype="bfloat16")
+    made = teach(wanted, tmp_path / "corpus", coarse, SafeSystem.from_config(wanted.system))
+    for base, kept in ((coarse, True), (small, False)):
+        (example,) = _Trainer(wanted, made, tmp_path / "out", base)._examples("train", [0])
+        assert (example.responses[0].hidden is not None) == kept
 
 
 def test_a_corpus_of_another_model_is_refused(prompts: Path, corpus: Corpus, base: BaseModel, tmp_path: Path) -> None:
@@ -549,6 +571,27 @@ def test_a_damaged_checkpoint_is_told(file: str, prompts: Path, corpus: Corpus, 
         distil(recipe(prompts, "distil.steps=3"), corpus, tmp_path, small)
 
 
+def test_a_checkpoint_that_is_not_as_it_was_written_is_told(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path
+) -> None:
+    wanted = recipe(prompts, "distil.steps=3")
+    distil(wanted, corpus, tmp_path, small)
+    state, log, tensors = (tmp_path / name for name in ("checkpoint/state.json", "log.jsonl", "checkpoint/step-3.safetensors"))
+    whole = {path: path.read_bytes() for path in (state, log, tensors)}
+    other = bytearray(whole[tensors])
+    other[-2] ^= 1
+    lines = whole[log].splitlines(keepends=True)
+    changes: list[tuple[Path, bytes]] = [(tensors, bytes(other)), (log, b""), (log, b"".join(lines[1:])), (log, b"null\n")]
+    changes += [(state, whole[state].replace(b'"step": 3', b'"step": 2')), (state, whole[state].replace(b'"seal"', b'"sel"'))]
+    for path, content in changes:
+        assert content != whole[path]
+        path.write_bytes(content)
+        with pytest.raises(SoftguardError, match="checkpoint or the log beside it is damaged"):
+            distil(wanted, corpus, tmp_path, small)
+        path.write_bytes(whole[path])
+    distil(wanted, corpus, tmp_path, small)
+
+
 def test_a_batch_that_teaches_nothing_is_passed_over(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
     """Of a batch the system refuses whole, perplexity learns nothing, and its loss has no gradient."""
     trained = distil(recipe(prompts, "distil.objective=perplexity", "distil.batch_size=1"), corpus, tmp_path, small)
@@ -584,11 +627,3 @@ def test_an_adapter_does_not_run_behind_another_chat_template(
             Engine(replace(small, tokenizer=tokenizer), adapter)
         with pytest.raises(SoftguardError, match="was drawn behind another chat template than"):
             Corpus.open(corpus.folder, replace(small, tokenizer=tokenizer))
-
-
-def test_a_gate_does_not_learn_of_a_corpus_with_a_policy(prompts: Path, small: BaseModel, tmp_path: Path) -> None:
-    policy = ["system.guard=tests.guards_for_tests:by_category", "system.policy={weapons: {action: keep}}"]
-    wanted = recipe(prompts, *policy, "distil.adapter=kv_prefix")
-    made = teach(wanted, tmp_path / "corpus", small, SafeSystem.from_config(wanted.system))
-    with pytest.raises(SoftguardError, match=r"was taught with a system\.policy and a gate says one refusal"):
-        distil(recipe(prompts, "distil.adapter=gate"), made, tmp_path / "out", small)

