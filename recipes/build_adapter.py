@@ -10,6 +10,7 @@ its recipe and card are written.
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from softguard.adapters import Adapter
 from softguard.config import dump_recipe, load_recipe
 from softguard.corpus import teach
 from softguard.distill import distil
+from softguard.errors import SoftguardError
 from softguard.evaluation import evaluate
 from softguard.files import write_json, write_text
 from softguard.models import base_of
@@ -80,4 +82,8 @@ def package(trained: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SoftguardError as error:
+        print(f"build_adapter: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

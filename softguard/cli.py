@@ -240,16 +240,20 @@ def _study(options: argparse.Namespace) -> None:
         if getattr(options, name) and not options.report:
             raise SoftguardError(f"--{name} belongs to a report; give --report FOLDER too")
     grid = load_grid(options.recipe, options.overrides)
-    if options.dry_run:
+    if options.report:
+        from softguard.report.study import write_study
+        from softguard.study.plan import report_plan
+
+        tables, page = [options.out / NAME, *options.also], options.page or options.report / "study.md"
+        if options.dry_run:
+            print(report_plan(tables, grid.pareto, options.report, page))
+            return
+        write_study(tables, grid.pareto, options.report, page)
+        print(f"written to {options.report} and {page}")
+    elif options.dry_run:
         from softguard.study.plan import study_plan
 
-        print(study_plan(grid, options.out, options.workers))
-    elif options.report:
-        from softguard.report.study import write_study
-
-        page = options.page or options.report / "study.md"
-        write_study([options.out / NAME, *options.also], grid.pareto, options.report, page)
-        print(f"written to {options.report} and {page}")
+        print(study_plan(grid, options.out, options.workers, options.ray_address))
     else:
         print(
             f"written to {run_study(grid, options.out, options.workers, options.ray_address, partial(print, file=sys.stderr))}"
@@ -259,7 +263,7 @@ def _study(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     from softguard.adapters import Adapter
-    from softguard.conversation import converse
+    from softguard.conversation import check_conversation, converse
     from softguard.engine import Engine
     from softguard.released import released_adapter
 
@@ -279,6 +283,7 @@ def _chat(options: argparse.Namespace) -> None:
         engines["base"] = Engine(base)
     if adapter is not None:
         engines["distilled"] = Engine(base, adapter)
+    check_conversation(engines, options.max_new_tokens)
     if options.dry_run:
         print(f"chat: would talk to {' and '.join(engines)} until an empty line")
         return
@@ -287,12 +292,11 @@ def _chat(options: argparse.Namespace) -> None:
 
 def _guard_fit(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
-    from softguard.files import check_folder
-    from softguard.guards.fit import fit_guard, read_rows
+    from softguard.guards.fit import check_fit, fit_guard
 
     if options.dry_run:
-        check_folder(options.out)
-        counts = ", ".join(f"{path} ({len(read_rows(path)):,} rows)" for path in options.data)
+        sources = check_fit(options.data, options.out, recipe.guard).sources
+        counts = ", ".join(f"{path} ({source['rows']:,} rows)" for path, source in zip(options.data, sources, strict=True))
         print(f"guard fit: would train on {counts} and write {options.out}; minutes for some thousand rows")
         return
     told = partial(print, file=sys.stderr)
@@ -307,7 +311,7 @@ def _guard_score(options: argparse.Namespace) -> None:
 
     guard = load_guard(recipe.system.guard)
     if options.dry_run:
-        count = check_scoring(options.data, options.out)
+        count = check_scoring(guard, options.data, options.out)
         print(f"guard score: would write {count:,} rows with p_safe by {guard.name} to {options.out}")
         return
     count = score_file(guard, options.data, options.out)

@@ -9,13 +9,23 @@ from softguard.errors import SoftguardError
 from softguard.text import is_whole
 
 
+def check_conversation(engines: Mapping[str, Engine], max_new_tokens: int) -> None:
+    """Raises SoftguardError if a model's context has no room for so many tokens behind an empty message."""
+    for engine in engines.values():
+        room = engine.base.context - engine.prefix.length - len(engine.chat.encode(""))
+        if max_new_tokens > room:
+            raise SoftguardError(
+                f"--max-new-tokens is {max_new_tokens}; {engine.base.name!r} has room for {room} at most, lower it"
+            )
+
+
 def converse(engines: Mapping[str, Engine], max_new_tokens: int) -> None:
     """Talk until an empty line or the end of input. Every engine answers and remembers its own side of the conversation."""
     histories: dict[str, list[Turn]] = {name: [] for name in engines}
     while True:
         print("you> ", end="", flush=True)
         try:
-            line = sys.stdin.readline().strip()
+            line = sys.stdin.readline().strip() if sys.stdin is not None else ""  # none where it was closed
         except UnicodeDecodeError:
             line = "\udcff"
         if not is_whole(line):

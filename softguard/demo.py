@@ -6,11 +6,11 @@ from importlib import resources
 from pathlib import Path
 
 from softguard.config import Recipe, dump_recipe, load_recipe
-from softguard.corpus import check_teaching, teach
-from softguard.distill import check_distil, distil
+from softguard.corpus import Corpus, check_teaching, teach
+from softguard.distill import check_distil, check_run, distil
 from softguard.engine import Engine
 from softguard.evaluation import check_evaluation, evaluate
-from softguard.files import write_text
+from softguard.files import read_json, write_text
 from softguard.judges import load_judges
 from softguard.models import BaseModel
 from softguard.progress import Bars, Steps
@@ -29,6 +29,9 @@ def demo_plan(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) ->
     suites = check_evaluation(recipe, out, system, None, [engine], load_judges(recipe.evaluate))
     check_distil(recipe, out / "adapter", base)
     counts = check_teaching(recipe, out / "corpus", engine, system)
+    manifest = out / "corpus" / "manifest.json"
+    if manifest.is_file() and read_json(manifest, "corpus").get("fingerprint"):  # taught already
+        check_run(recipe, Corpus.open(out / "corpus", base), out / "adapter", base)
     return (
         f"demo: teach on {counts['train']:,} prompts of {recipe.teach.prompts}, distil {recipe.distil.taken_steps} steps, "
         f"evaluate {', '.join(f'{suite.name} ({len(suite.prompts):,})' for suite in suites)} "

@@ -62,8 +62,13 @@ def distil_plan(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> s
 
 def _adapter(recipe: Recipe) -> str:
     wanted = recipe.distil
-    sizes = {"lora": f"of at most {wanted.budget:,} numbers", "steering": f"at depth {wanted.depth:g}", "text": ""}
-    size = sizes.get(wanted.adapter, f"of {wanted.n_soft} vectors in slot {wanted.slot}")
+    sizes = {
+        "lora": f"of at most {wanted.budget:,} numbers",
+        "steering": f"at depth {wanted.depth:g}",
+        "text": "",
+        "soft_prompt": f"of {wanted.n_soft} vectors in slot {wanted.slot}",
+    }
+    size = sizes.get(wanted.adapter, f"of {wanted.n_soft} vectors")
     return f"{wanted.adapter} {size}".strip()
 
 

@@ -273,8 +273,9 @@ class GuardJudge:
 
     @property
     def fingerprint(self) -> str:
-        """The guard's."""
-        return self.guard.fingerprint
+        """Of the guard and its threshold for responses. Raises SoftguardError if the guard only judges prompts."""
+        told = f"{self.guard.fingerprint} {own_threshold(self.guard, 'response')}"
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def safe(self, prompts: Sequence[str], responses: Sequence[str]) -> Decisions:
         """Whether each response to each prompt is safe, bool (pairs,). Raises SoftguardError if the guard fails."""

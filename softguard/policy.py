@@ -8,12 +8,20 @@ from collections.abc import Callable
 from softguard.config import Action, SystemConfig
 from softguard.errors import SoftguardError
 from softguard.named import imported, source_of
+from softguard.text import is_whole
 
 REDACTED = "[redacted]"
+_BETWEEN = r"[ \u00a0\u2007\u2009\u202f()/.·\u2010-\u2015-]"  # digits of one number: blanks, brackets, dots and dashes
+_YEAR = r"(?:1[5-9]|20)\d\d"
+_YEARS = rf"{_YEAR}{_BETWEEN}{{1,3}}{_YEAR}(?!{_BETWEEN}{{0,3}}\d)"
 _PERSONAL = re.compile(
-    r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"  # addresses of mail
+    r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*"  # addresses of mail
     r"|\b\d{1,3}(?:\.\d{1,3}){3}\b"  # and of machines
-    r"|\+?\(?\d(?:[ ()/.-]{0,2}\d){6,}"  # telephone, card and account numbers: seven digits or more
+    r"|\b(?:[\da-f]{1,4}:){7}[\da-f]{1,4}\b"
+    r"|\b(?=[\da-f:]{0,40}\d)[\da-f]{3,4}(?::[\da-f]{1,4}){0,6}::(?:[\da-f]{1,4}:){0,5}(?:[\da-f]{1,4}\b)?"  # no x[1::2]
+    rf"|\+?\(?(?<!\d)(?!{_YEARS})\d(?:{_BETWEEN}{{0,3}}\d){{6,}}"  # telephone, card and account numbers: seven digits or more
+    r"|\b\d{1,3}(?:,\d{3,}){2,}\b",
+    re.IGNORECASE,
 )
 
 
@@ -58,7 +66,7 @@ class Policy:
         """What is said instead of `response`.
 
         A redacted answer that reads as before was rejected for something else, so it is refused. Raises SoftguardError if a
-        function fails or gives anything but text.
+        function fails or gives anything but whole text.
         """
         action = self._action(category)
         if action.action == "redact":
@@ -74,6 +82,11 @@ class Policy:
             ) from error
         if not isinstance(said, str) or not said.strip():
             raise SoftguardError(f"system.policy.{category}.function {action.function!r} gave {said!r}; it must give some text")
+        if not is_whole(said):
+            raise SoftguardError(
+                f"system.policy.{category}.function {action.function!r} gave {said!r}; it holds half a character (a lone "
+                "surrogate), mend the text"
+            )
         return said
 
     def _action(self, category: str) -> Action:
@@ -81,5 +94,5 @@ class Policy:
 
 
 def redacted(text: str) -> str:
-    """`text` without addresses of mail and machines, and without numbers of seven digits or more."""
+    """`text` without addresses of mail and machines, and without numbers of seven digits or more; a span of years stays."""
     return _PERSONAL.sub(REDACTED, text)

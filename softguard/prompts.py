@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -132,7 +133,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 raise SoftguardError(f"{path}:{number}: not valid JSON ({error}); mend or remove the line") from error
             if not isinstance(row, dict):
@@ -140,10 +141,24 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield f"{path}:{number}", row
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that stands in it twice, of which Python takes the last."""
+    if twice := _twice([key for key, _ in pairs]):
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return dict(pairs)
+
+
+def _twice(names: Sequence[str]) -> str:
+    """The first name that comes again, or none; columns without one may be several."""
+    return next((name for name, count in Counter(names).items() if name and count > 1), "")
+
+
 def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         try:
+            if twice := _twice(reader.fieldnames or ()):
+                raise SoftguardError(f"{path}: two columns are called {twice!r}; rename one")
             for row in reader:
                 if None in row:
                     raise SoftguardError(
@@ -166,15 +181,27 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            number = 0
+            if twice := _twice(table.schema_arrow.names):
+                raise SoftguardError(f"{path}: two columns are called {twice!r}; rename one")
             for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for row in _batch_rows(batch):
                     number += 1
                     yield f"{path} row {number}", row
     except pyarrow.ArrowInvalid as error:
         raise SoftguardError(f"{path} is not a Parquet file ({error})") from error
+    except UnicodeDecodeError as error:
+        raise SoftguardError(f"{path} row {number + 1} is not UTF-8 text; convert it") from error
+
+
+def _batch_rows(batch: Any) -> Iterable[dict[str, Any]]:
+    """Rows of Parquet; one by one where a text is not UTF-8, so that those before it are counted."""
+    try:
+        return batch.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        return (batch.slice(row, 1).to_pylist()[0] for row in range(len(batch)))
 
 
 def _hub(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

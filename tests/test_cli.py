@@ -1,10 +1,12 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -102,7 +104,9 @@ def test_dry_runs_say_what_would_run_and_write_nothing(
     assert not out.exists()
     assert main(["teach", "--out", str(out), *common]) == 0
     assert main(["distil", "--dry-run", "--corpus", str(out), "--out", str(tmp_path / "adapter"), *common]) == 0
-    assert "3 steps of 4 prompts" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "3 steps of 4 prompts" in told
+    assert "gate of 4 vectors; about" in told  # which has no slot
     assert not (tmp_path / "adapter").exists()
     limited = ["--set", "evaluate.limit=2", "--set", "evaluate.max_new_tokens=2"]
     assert main(["evaluate", "--dry-run", "--out", str(tmp_path / "results"), *limited, *common]) == 0
@@ -175,7 +179,7 @@ def test_guard_fit_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert [json.loads(line)["p_safe"] for line in out.read_text().splitlines()] == [0.05, 0.95]
     capsys.readouterr()
     assert main(["guard", "score", str(data), "--set", GUARD, "--out", str(tmp_path / "dry"), "--dry-run"]) == 0
-    assert "2 rows" in capsys.readouterr().out
+    assert "would write 2 rows" in capsys.readouterr().out
     assert not (tmp_path / "dry").exists()
     data.write_text('{"prompt": "x"}\n{"prompt": 3}\n')
     assert "data.jsonl:2" in refused(capsys, "guard", "score", data, "--set", GUARD, "--out", out)
@@ -194,10 +198,87 @@ def test_guard_fit_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(out.read_text().splitlines()) == 2
     data.write_text('{"prompt": "x"}\n')
     assert "data.jsonl:1" in refused(capsys, "guard", "fit", data, "--out", tmp_path / "guard")
-    data.write_text('{"prompt": "x", "label": "benign"}\n')
+    data.write_text("".join(f'{{"prompt": "{i}", "label": "{("benign", "harmful")[i % 2]}"}}\n' for i in range(99)))
     assert main(["guard", "fit", str(data), "--out", str(tmp_path / "guard"), "--dry-run"]) == 0
+    assert f"would train on {data} (99 rows) and write" in capsys.readouterr().out
     assert "data.jsonl is not a folder" in refused(capsys, "guard", "fit", data, "--out", data / "guard", "--dry-run")
     assert not (tmp_path / "guard").exists()
+
+
+class JudgesPrompts:
+    """A guard of prompts alone."""
+
+    name = fingerprint = "of prompts"
+
+    def prompt_safety(self, prompts: list[str]) -> list[float]:
+        return [1.0] * len(prompts)
+
+    def response_safety(self, prompts: list[str], responses: list[str]) -> list[float]:
+        raise SoftguardError("it only judges prompts")
+
+
+judges_prompts = JudgesPrompts()
+
+
+@pytest.mark.parametrize(
+    ("guard", "words"),
+    [
+        ("tests.test_cli:judges_prompts", "it only judges prompts"),
+        ("tests.guards_for_tests:not_a_number", "gave nan for text 0"),
+        ("tests.guards_for_tests:throws", "the guard's server is gone"),
+    ],
+)
+def test_a_guard_that_cannot_score_a_file_is_told_by_the_dry_run(
+    guard: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    data.write_text('{"prompt": "x"}\n' * 300 + '{"prompt": "x", "response": "y"}\n')
+    for dry in (["--dry-run"], []):
+        assert words in refused(capsys, "guard", "score", data, "--out", out, "--set", f"system.guard={guard}", *dry)
+    assert not out.exists()
+
+
+LABELLED = [{"label": ("benign", "harmful")[i % 2]} for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "rank", "words"),
+    [
+        ([{"label": "benign"}] * 60, 1, "training rows none has label harmful; both classes are needed, give more rows"),
+        ([], 1, "of the 0 training rows none has label benign"),
+        (LABELLED[:3], 1, "of the 1 validation rows (a tenth of a file's prompts) none has label harmful"),
+        ([{**row, "response": "y", "unsafe": 0} for row in LABELLED], 1, "training rows none has unsafe 1"),
+        (LABELLED, 64, "guard.rank 64 takes"),
+    ],
+)
+def test_a_dry_run_of_guard_fit_checks_everything(
+    rows: list[dict[str, object]], rank: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data.jsonl", tmp_path / "guard"
+    data.write_text("".join(json.dumps({"prompt": f"prompt {i}", **row}) + "\n" for i, row in enumerate(rows)))
+    for dry in (["--dry-run"], []):
+        assert words in refused(capsys, "guard", "fit", data, "--out", out, "--set", f"guard.rank={rank}", *dry)
+    assert not out.exists()
+
+
+def test_a_score_file_is_json_whatever_a_row_holds(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    data, out = tmp_path / "data.parquet", tmp_path / "out.jsonl"
+    rows = [{"prompt": "hello", "x": float("nan"), "y": [1.5, float("inf")], "at": datetime(2024, 7, 26)}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data)
+    assert main(["guard", "score", str(data), "--out", str(out), "--set", GUARD]) == 0
+    (line,) = out.read_text().splitlines()
+    told = {"prompt": "hello", "x": None, "y": [1.5, None], "at": "2024-07-26 00:00:00", "p_safe": 0.95}
+    assert json.loads(line, parse_constant=pytest.fail) == told
+
+
+def test_the_recipe_of_a_released_adapter_tells_a_mistake_in_one_line(tmp_path: Path) -> None:
+    script, recipe = ROOT / "recipes" / "build_adapter.py", tmp_path / "none.yaml"
+    done = subprocess.run([sys.executable, script, recipe], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert re.fullmatch(r"build_adapter: .*none\.yaml.*\n", done.stderr)
 
 
 def test_an_empty_cell_of_a_csv_is_no_response(tmp_path: Path) -> None:
@@ -255,6 +336,20 @@ def test_chat_takes_the_packaged_adapter_unless_told_otherwise(small_folder: Pat
         shown = capsys.readouterr()
         assert shown.out == f"chat: would talk to {engines} until an empty line\n"
         assert ("no adapter is packaged" in shown.err) == (str(small_folder) in str(arguments))
+
+
+def test_chat_has_room_for_an_answer(small_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["chat", "--set", f"model.name={small_folder}", "--dry-run", "--max-new-tokens"]
+    line = refused(capsys, *command, 600)
+    said = re.search(r"--max-new-tokens is 600; .* has room for (\d+) at most, lower it$", line)
+    assert said is not None
+    assert main([*command, said[1]]) == 0
+    refused(capsys, *command, int(said[1]) + 1)
+
+
+def test_chat_ends_where_there_is_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it for `<&-`
+    converse({}, 2)
 
 
 def exits(prompts: list[str], responses: list[str] | None) -> list[float]:
@@ -370,6 +465,9 @@ def test_a_demo_of_other_settings_leaves_the_first_alone(
     assert main(["demo", "--out", str(tmp_path / "demo"), *common]) == 0  # nothing trained: no log
     before = (tmp_path / "demo" / "recipe.yaml").read_bytes()
     assert "other settings" in refused(capsys, "demo", "--out", tmp_path / "demo", *common, "--set", "seed=1")
+    for dry in ([], ["--dry-run"]):  # the corpus stays, the adapter does not
+        line = refused(capsys, "demo", "--out", tmp_path / "demo", *common, "--set", "distil.n_soft=5", *dry)
+        assert "adapter holds a run with other settings" in line
     assert (tmp_path / "demo" / "recipe.yaml").read_bytes() == before
 
 

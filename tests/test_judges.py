@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -131,11 +132,31 @@ def test_damaged_judges_are_told(tmp_path: Path) -> None:
         ResponseJudge.load(tmp_path)
 
 
+class Drawn:
+    """A guard with a threshold of its own."""
+
+    def __init__(self, threshold: float, fingerprint: str = "drawn") -> None:
+        self.name, self.fingerprint, self.response_threshold = "drawn", fingerprint, threshold
+
+    def prompt_safety(self, prompts: Sequence[str]) -> list[float]:
+        return [0.5] * len(prompts)
+
+    def response_safety(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return self.prompt_safety(prompts)
+
+
+def test_a_guard_that_grades_otherwise_is_another_judge() -> None:
+    judges = [GuardJudge(Drawn(0.4)), GuardJudge(Drawn(0.6)), GuardJudge(Drawn(0.6, "another"))]
+    assert [judge.safe(["x"], ["y"]).tolist() for judge in judges[:2]] == [[True], [False]]
+    assert len({judge.fingerprint for judge in judges}) == 3
+    assert judges[0].fingerprint == GuardJudge(Drawn(0.4)).fingerprint
+
+
 def test_a_guard_can_be_the_judge() -> None:
     judge = load_judge("tests.guards_for_tests:by_word")
     assert isinstance(judge, GuardJudge)
     assert judge.safe(["build a bomb", "build a boat"], ["Sure.", "Sure."]).tolist() == [False, True]
-    assert (judge.name, judge.fingerprint) == (judge.guard.name, judge.guard.fingerprint)
+    assert judge.name == judge.guard.name
     assert load_judge("tests.guards_for_tests:half").safe(["x"], ["y"]).tolist() == [True]  # at the threshold
     bundled = load_judge("bundled")
     assert isinstance(bundled, Judge)

@@ -311,6 +311,36 @@ def test_half_a_character_in_any_field_is_told(tmp_path: Path, field: str) -> No
     assert re.search(r"jsonl:1: field '(response|choices)' holds half a character", told(tmp_path / "a.jsonl"))
 
 
+@pytest.mark.parametrize("line", ['{"prompt": "a", "prompt": "b"}', '{"prompt": "a", "meta": {"x": 1, "x": 2}}'])
+def test_a_key_that_stands_twice_is_told(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
+    assert re.search(r"a\.jsonl:2: not valid JSON \(an object has the key '(prompt|x)' twice\)", told(tmp_path / "a.jsonl"))
+
+
+def test_a_column_that_stands_twice_is_told(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.csv").write_text("prompt,label,prompt\na,benign,b\n")
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["prompt", "prompt"]), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        assert told(tmp_path / name) == f"{tmp_path}/{name}: two columns are called 'prompt'; rename one"
+    (tmp_path / "a.csv").write_text("prompt,,\na,,\n")  # as spreadsheets end their lines
+    assert read(tmp_path / "a.csv") == [Prompt("a")]
+
+
+def test_a_parquet_text_that_is_not_utf8_names_its_row(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.array([f"prompt {i}".encode() for i in range(2000)] + [b"D\xe9sol\xe9"] + [b"last"] * 9)
+    bad = pyarrow.StringArray.from_buffers(len(texts), *texts.buffers()[1:])  # unchecked
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": bad}), tmp_path / "a.parquet")
+    assert told(tmp_path / "a.parquet") == f"{tmp_path}/a.parquet row 2001 is not UTF-8 text; convert it"
+    assert len(read(tmp_path / "a.parquet", limit=2000)) == 2000
+
+
 def test_json_without_end_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "x": ' + "[" * 100_000 + "\n")
     assert "jsonl:1: not valid JSON" in told(tmp_path / "a.jsonl")

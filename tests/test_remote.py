@@ -82,7 +82,8 @@ def tokens(*positions: dict[str, float]) -> dict[str, Any]:
     """A chat choice with the likeliest tokens of each position."""
     content = []
     for position in positions:
-        top: list[dict[str, Any]] = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in position.items()]
+        likely = sorted(position.items(), key=lambda item: -item[1])
+        top: list[dict[str, Any]] = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in likely]
         content.append({**top[0], "top_logprobs": top})
     text = "".join(entry["token"] for entry in content)
     return {
@@ -267,11 +268,14 @@ def test_after_a_failure_no_more_requests_are_begun(server: Server) -> None:
     [
         (tokens({"safe": 0.6, "unsafe": 0.2}), 0.75),
         (tokens({" Safe": 0.3, "safe": 0.3, "un": 0.1, "Unsafe": 0.1}), 0.75),
-        (tokens({"\n\n": 1.0}, {"unsafe": 0.5, "sa": 0.5}), 0.5),
+        (tokens({"\n\n": 1.0}, {"safe": 0.5, "uns": 0.5}), 0.5),
+        (tokens({"safe": 0.9, "unsafe": 0.1005}), 0.9 / 1.0005),
         (tokens({"unsafe": 1.0}), 0.0),
         ({"message": {"content": "\nUNSAFE\nS1"}, "logprobs": {"content": []}}, 0.0),
         ({"message": {"content": "**Safe**"}}, 1.0),
-        ({"message": {"content": "Safe. It asks about boats."}}, 1.0),
+        ({"message": {"content": "**Safe**\n\nIt asks about boats."}}, 1.0),
+        ({"message": {"content": "unsafe: a weapon, not a boat"}}, 0.0),
+        ({**tokens({"safe": 0.75, "unsafe": 0.25}), "message": {"content": "Safe. It asks about boats."}}, 0.75),
     ],
 )
 def test_labels_are_read_from_the_first_token_that_is_not_blank(choice: dict[str, Any], p_safe: float) -> None:
@@ -317,7 +321,10 @@ def test_what_is_flagged_is_unsafe_however_low_its_scores() -> None:
     assert read_scores(result).p_safe == 0
     with pytest.raises(ValueError, match="flagged is None"):
         read_scores({**result, "flagged": None})
-    assert read_scores({**result, "flagged": False}) == (0.8, "hate")
+    result["flagged"] = False
+    assert read_scores(result) == (0.8, "hate")
+    assert read_scores({**result, "categories": {"hate": False, "new": None}}) == (0.8, "hate")
+    assert read_scores({**result, "categories": {"hate": False, "violence": True}}) == (0, "hate")
 
 
 def test_found_by_name() -> None:
@@ -337,6 +344,21 @@ def test_an_address_that_the_client_does_not_take_is_told(address: str) -> None:
         load_guard(f"remote:chat:m@http://{address}")
 
 
+def test_what_is_secret_in_an_address_is_not_told(server: Server) -> None:
+    address = server.url.replace("http://", "http://user:hidden@") + "?key=hidden"
+    guard = RemoteGuard("chat", "m", address, retries=0)
+    assert guard.name == f"chat(m@{server.url.removeprefix('http://').removesuffix('/v1')})"
+    for reply, words in (((500, {}, {}), "failed with InternalServerError"), (said("Well"), "cannot be read")):
+        server.answer = lambda asked, before, reply=reply: reply  # type: ignore[misc]
+        with pytest.raises(SoftguardError, match=rf" at {server.url} .*{words}") as caught:
+            prompt_safety(guard, ["a boat"])
+        assert "hidden" not in str(caught.value)
+    for spec in (f"remote:chat:m@{address}", f"remote:chat:{address}", "remote:chat:m@ftp://x/v1?key=hidden"):
+        with pytest.raises(SoftguardError, match="must read remote:chat:MODEL@URL") as caught:
+            load_guard(spec)
+        assert "hidden" not in str(caught.value)
+
+
 @pytest.mark.parametrize("address", ["localhost:PORT/v1", "localhost:99999", "localhost:0", "[::1/v1", "", "/v1", ":80/v1"])
 def test_an_address_that_is_none_is_told(address: str) -> None:
     with pytest.raises(SoftguardError, match="must read remote:chat:MODEL@URL"):
@@ -349,6 +371,56 @@ def test_without_the_client_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) ->
         load_guard("remote:chat:m@http://localhost/v1")
 
 
-@pytest.mark.parametrize("text", ["safe", "Safe.", "**safe**", "safe — nothing here", "SAFE…", "safe</s>", "safe<|eot_id|>"])
-def test_what_follows_the_word_does_not_matter(text: str) -> None:
+@pytest.mark.parametrize("text", ["safe", "Safe.", "**safe**", "SAFE…", "safe</s>", "safe<|eot_id|>\n"])
+def test_what_is_no_word_does_not_matter(text: str) -> None:
     assert read_label({"message": {"content": text}}) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Safe: 0",
+        "safe = 0",
+        "safe: 0%",
+        "Safe: harmful",
+        "Safe? Hardly.",
+        "safe is not the word",
+        "safe (score: 1/10)",
+        "Safe to say this is harmful.",
+        "Safe only if the user is a chemist",
+        "safe — nothing here",
+        "safe<harmful>",
+    ],
+)
+def test_without_probabilities_a_safe_that_says_more_is_none(text: str) -> None:
+    with pytest.raises(ValueError, match="says more than safe"):
+        read_label({"message": {"content": text}})
+    with pytest.raises(ValueError, match="says more than safe"):  # nor with those of a blank alone
+        read_label({**tokens({"\n": 1.0}), "message": {"content": text}})
+
+
+@pytest.mark.parametrize("text", ["safe\nunsafe", "Safe.\n\nNo.", "safe\nThat is unsafe.", "safe\nThis is not safe"])
+def test_a_safe_is_taken_back_in_another_line(text: str) -> None:
+    with pytest.raises(ValueError, match="takes its safe back"):
+        read_label({"message": {"content": text}})
+
+
+@pytest.mark.parametrize(("text", "p_safe"), [("unsafe", 0.9), ("safe", 0.4)])
+def test_a_label_that_is_not_the_likeliest_is_none(text: str, p_safe: float) -> None:
+    choice = {**tokens({"safe": p_safe, "unsafe": 1 - p_safe}), "message": {"content": text}}
+    with pytest.raises(ValueError, match="does not begin with its likeliest first token"):
+        read_label(choice)
+    split = tokens({"unsafe": 0.4, "safe": 0.3, " Safe": 0.2})  # by its spellings together the other is likelier
+    assert read_label(split) == pytest.approx(5 / 9)
+
+
+def test_probabilities_of_more_than_one_are_none() -> None:
+    for choice in (tokens({"safe": 1.5}), tokens({"safe": 0.9, "unsafe": 0.2})):
+        with pytest.raises(ValueError, match=r"safe and unsafe have 1\.[15] of the first token's probability"):
+            read_label(choice)
+
+
+def test_an_answer_that_a_content_filter_cut_is_none() -> None:
+    for choice in (tokens({"safe": 1.0}), said("safe")[2]["choices"][0]):
+        with pytest.raises(ValueError, match="was cut by a content filter"):
+            read_label({**choice, "finish_reason": "content_filter"})

@@ -1,8 +1,8 @@
 """Guards: what a guard is, how its answers are checked, and how one is found by name.
 
 A guard says how probable it is that something is *safe*, and may name the category of what is not. Whatever it returns passes
-through `prompt_safety`, `response_safety` or `categories` below, which fail closed: an exception, a NaN, a value outside [0, 1]
-or a wrong count is an error, never a "safe".
+through `prompt_safety`, `response_safety` or `categories` below, which fail closed: an exception, a NaN, a masked value, one
+outside [0, 1] or that is no number, or a wrong count is an error, never a "safe".
 """
 
 import builtins
@@ -152,13 +152,17 @@ def _checked(name: str, count: int, ask: Callable[[], Sequence[float] | Probabil
     if count == 0:
         return np.empty(0)
     try:
-        values = np.asarray(ask(), dtype=np.float64)
+        given = ask()
+        values = np.asarray(given)
     except SoftguardError:
         raise
     except (Exception, SystemExit) as error:
         raise SoftguardError(
             f"guard {name!r} failed with {type(error).__name__}: {error}; nothing was taken as safe"
         ) from error
+    if values.dtype.kind not in "buif":  # text and dates could be read as numbers
+        raise SoftguardError(f"guard {name!r} gave {values.dtype} where numbers are needed; nothing was taken as safe")
+    values = np.where(np.ma.getmask(given), np.nan, values.astype(np.float64))
     if values.shape != (count,):
         raise SoftguardError(f"guard {name!r} gave shape {values.shape} for {count} texts; it must give one number each")
     bad = np.flatnonzero(~((values >= 0) & (values <= 1)))  # NaN fails both comparisons

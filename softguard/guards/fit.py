@@ -46,6 +46,15 @@ class Row(NamedTuple):
     cut: bool = True  # whether a prefix of the response would bear the same label
 
 
+class Dealt(NamedTuple):
+    """The rows of labelled files by what they are for, and what is said of the files on the card."""
+
+    training: list[Row]
+    validation: list[Row]
+    held_out: list[Row]
+    sources: list[dict[str, Any]]
+
+
 class _LowRank(nn.Module):
     """A frozen linear layer plus the low-rank difference that is being fitted."""
 
@@ -71,22 +80,17 @@ def fit(
     """Fit a guard on `rows`; calibrate it and choose its thresholds on `validation`.
 
     The same rows, settings and thread count give the same weights, bit for bit. `told` receives progress lines.
-    Raises SoftguardError if a question lacks one of its two classes in either set, and DivergedError if a fitted weight is not
-    finite as it is stored.
+    Raises SoftguardError if a question lacks one of its two classes in either set, or for too large a rank, and DivergedError
+    if a fitted weight is not finite as it is stored.
     """
-    _check_classes(rows, "training")
-    _check_classes(validation, "validation")
+    _check_rows(rows, validation)
     answers = any(row.unsafe is not None for row in rows)
-    if answers and all(row.unsafe is None for row in validation):
-        raise SoftguardError("the validation rows have no response with its unsafe, the training rows do; give more such rows")
     folder, encoder_sha256 = find_encoder()
     tokenizer = load_tokenizer(folder)
     # bfloat16 and eager attention fit 2–3 times faster than float32 where the CPU has AMX; the merged guard is float32.
     encoder = load_encoder(folder, "eager").bfloat16()
     layers = linear_layers(encoder)
-    size = sum(2 * settings.rank * (layer.in_features + layer.out_features) for _, layer in layers)  # as stored, in float16
-    if size > MAX_BYTES - _HEADS_AND_CARD:
-        raise SoftguardError(f"guard.rank {settings.rank} takes {size:,} bytes, a guard at most {MAX_BYTES:,}; lower it")
+    _check_rank(settings.rank, layers)
     generator = torch.Generator().manual_seed(seed)
     low_rank = {}
     for path, layer in layers:
@@ -136,8 +140,8 @@ def _train(
     told: Callable[[str], None],
 ) -> None:
     rng = np.random.default_rng(seed)
-    prompts = [ends(ids, settings.prompt_tokens) for ids in tokenizer.tokens([row.prompt for row in rows])]
-    responses = tokenizer.tokens([row.response or "" for row in rows])
+    prompts = [ends(ids, settings.prompt_tokens) for ids in tokenizer.read([row.prompt for row in rows])[0]]
+    responses, _ = tokenizer.read([row.response or "" for row in rows])
     examples: list[tuple[str, int]] = [("prompt", i) for i, row in enumerate(rows) if row.harmful is not None]
     examples += [("response", i) for i, row in enumerate(rows) if row.unsafe is not None]
     groups = [
@@ -237,13 +241,23 @@ def _platt(logit: np.ndarray[Any, Any], bad: Flags) -> tuple[float, float]:
     return float(slope), float(offset)
 
 
-def _check_classes(rows: Sequence[Row], part: str) -> None:
-    for question in ("harmful", "unsafe"):
-        labels = [getattr(row, question) for row in rows if getattr(row, question) is not None]
-        if (labels or question == "harmful") and len(set(labels)) < 2:
-            raise SoftguardError(
-                f"the {part} rows have {len(labels)} values of {question!r} and all are alike; both classes are needed"
-            )
+def _check_rows(rows: Sequence[Row], validation: Sequence[Row]) -> None:
+    for part, name in ((rows, "training rows"), (validation, "validation rows (a tenth of a file's prompts)")):
+        labels, unsafe = {row.harmful for row in part}, {row.unsafe for row in part}
+        wanted = [("label benign", False in labels), ("label harmful", True in labels)]
+        if unsafe - {None}:
+            wanted += [("unsafe 0", False in unsafe), ("unsafe 1", True in unsafe)]
+        for what, is_there in wanted:
+            if not is_there:
+                raise SoftguardError(f"of the {len(part)} {name} none has {what}; both classes are needed, give more rows")
+    if any(row.unsafe is not None for row in rows) and all(row.unsafe is None for row in validation):
+        raise SoftguardError("the validation rows have no response with its unsafe, the training rows do; give more such rows")
+
+
+def _check_rank(rank: int, layers: Sequence[tuple[str, nn.Linear]]) -> None:
+    size = sum(2 * rank * (layer.in_features + layer.out_features) for _, layer in layers)  # as stored, in float16
+    if size > MAX_BYTES - _HEADS_AND_CARD:
+        raise SoftguardError(f"guard.rank {rank} takes {size:,} bytes, a guard at most {MAX_BYTES:,}; lower it")
 
 
 def read_rows(path: Path | str) -> list[Row]:
@@ -295,28 +309,38 @@ def fit_guard(
 
     One prompt in five, by the sha256 of its text, is held out: half of those calibrate the guard and choose its
     thresholds, the other half give the card's figures. Deterministic for the same files, settings and thread count.
-    Raises SoftguardError for a bad row (with file and line), a missing class or, before anything is fitted, an `out` that
-    cannot be written, and DivergedError as `fit` does.
+    Raises SoftguardError as `check_fit` does, before anything is fitted, and DivergedError as `fit` does.
     """
-    check_folder(Path(out))
     settings = settings or GuardConfig()
-    parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
-    sources = []
-    for path in paths:
-        rows = read_rows(path)
-        sources.append({"file": Path(path).name, "rows": len(rows), "sha256": sha256(Path(path).read_bytes())})
-        for row in rows:
-            tenth = int(sha256(row.prompt.strip().lower().encode())[:8], 16) % 10
-            parts[1 if tenth == 0 else 2 if tenth == 1 else 0].append(row)
-    training, validation, held_out = parts
-    guard = fit(training, validation, settings, name, told, seed)
-    guard.card["training"] = sources
+    dealt = check_fit(paths, out, settings)
+    guard = fit(dealt.training, dealt.validation, settings, name, told, seed)
+    guard.card["training"] = dealt.sources
     guard.card["limits"] = ["figures are from one tenth of the same files; texts of another kind may do worse"]
     for question in guard.card["thresholds"]:
-        figures = question_figures(guard, question, "held-out tenth", *_scored(guard, question, held_out))
+        figures = question_figures(guard, question, "held-out tenth", *_scored(guard, question, dealt.held_out))
         guard.card["figures"] += [{"question": question, **figure_fields(figure)} for figure in figures]
     guard.save(out)
     return guard
+
+
+def check_fit(paths: Sequence[Path | str], out: Path | str, settings: GuardConfig) -> Dealt:
+    """What `fit_guard` would fit, calibrate and measure a guard with.
+
+    Raises SoftguardError for a bad row (with file and line), a missing class, too large a rank, or an `out` that cannot be
+    written.
+    """
+    check_folder(Path(out))
+    dealt = Dealt([], [], [], [])
+    for path in paths:
+        rows = read_rows(path)
+        dealt.sources.append({"file": Path(path).name, "rows": len(rows), "sha256": sha256(Path(path).read_bytes())})
+        for row in rows:
+            tenth = int(sha256(row.prompt.strip().lower().encode())[:8], 16) % 10
+            part = dealt.validation if tenth == 0 else dealt.held_out if tenth == 1 else dealt.training
+            part.append(row)
+    _check_rows(dealt.training, dealt.validation)
+    _check_rank(settings.rank, linear_layers(load_encoder(find_encoder()[0], "eager")))
+    return dealt
 
 
 def question_figures(

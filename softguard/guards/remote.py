@@ -23,13 +23,15 @@ from softguard.errors import SoftguardError
 from softguard.guards import Probabilities
 from softguard.guards.families import FAMILIES, fill
 
-VERSION = 3  # of the way answers are read
+VERSION = 4  # of the way answers are read
 KEY = "SOFTGUARD_API_KEY"
 Kind = Literal["chat", "moderation"]
 _TEXTS = 32  # of one moderation request
 _TOP = 20  # likeliest first tokens asked for
 _LABELLED = 0.5  # of the first token's probability, the least that labels must have between them
+_MOST = 1 + 1e-3  # that they can have, rounded
 _SAFE = re.compile(r"\W*safe(?![\w/-])")  # not safety or safe/unsafe
+_BARE = re.compile(r"\W*safe(?:</s>|<\|\w+\|>|[^\w\n])*(?:\n|$)")  # control tokens are no words
 _DENIED = re.compile(r"\W*safe\W+(no|not|false|un\w*)\b|.*\b(not|never|isn't) safe\b|.*unsafe", re.DOTALL)  # "Safe? No."
 
 
@@ -38,7 +40,7 @@ class RemoteGuard:
 
     chat: p(safe) from the probabilities of the first token over "safe" and "unsafe", or 0 or 1 from the text where the server
     tells no probabilities; asked in the words of the family zero-shot. moderation: 1 − the highest category score, 0 where the
-    endpoint flags the text; a response is judged without its prompt, and the category is that of the score.
+    endpoint flags the text or a category; a response is judged without its prompt, and the category is that of the score.
     """
 
     def __init__(self, kind: Kind, model: str, url: str, timeout: float = 60.0, retries: int = 5, in_flight: int = 8) -> None:
@@ -52,7 +54,7 @@ class RemoteGuard:
         except ImportError as error:
             raise SoftguardError("a remote guard needs the package openai: pip install openai") from error
         self.kind, self.model, self.url, self.in_flight = kind, model, url, in_flight
-        self.name = f"{kind}({model}@{urlsplit(url).netloc})"
+        self.name = f"{kind}({model}@{urlsplit(_shown(url)).netloc})"
         key = os.environ.get(KEY) or "none"  # given none, the client would take OPENAI_API_KEY
         try:
             self._client = OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
@@ -70,8 +72,8 @@ class RemoteGuard:
             reachable = False
         if kind not in get_args(Kind) or not model or not url.startswith(("http://", "https://")) or not reachable:
             raise SoftguardError(
-                f"guard 'remote:{spec}' must read remote:chat:MODEL@URL or remote:moderation:MODEL@URL, with a URL such as "
-                "http://localhost:8000/v1"
+                f"guard 'remote:{_shown(spec)}' must read remote:chat:MODEL@URL or remote:moderation:MODEL@URL, with a URL "
+                "such as http://localhost:8000/v1"
             )
         return cls("chat" if kind == "chat" else "moderation", model, url)
 
@@ -132,21 +134,24 @@ class RemoteGuard:
         """What `send` makes of each request, at most `in_flight` of them at once; after a failure no more are begun."""
         from openai import OpenAIError
 
-        pool = ThreadPoolExecutor(self.in_flight)
+        pool, place = ThreadPoolExecutor(self.in_flight), f"guard {self.name!r} at {_shown(self.url)}"
         try:
             return list(pool.map(send, requests))
         except OpenAIError as error:
             raise SoftguardError(
-                f"guard {self.name!r} at {self.url} failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}; "
-                "nothing was taken as safe"
+                f"{place} failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}; nothing was taken as safe"
             ) from error
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise SoftguardError(
-                f"guard {self.name!r} at {self.url} gave an answer that cannot be read ({' '.join(str(error).split())[:200]}); "
-                "nothing was taken as safe"
+                f"{place} gave an answer that cannot be read ({' '.join(str(error).split())[:200]}); nothing was taken as safe"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _shown(url: str) -> str:
+    """A URL without what may be secret: user, password and query."""
+    return re.sub(r"//[^/?]*@", "//", url).partition("?")[0]
 
 
 class Verdict(NamedTuple):
@@ -159,12 +164,15 @@ class Verdict(NamedTuple):
 def read_label(choice: dict[str, Any]) -> float:
     """p(safe) of a chat choice: from the first token that is not blank, or where none comes with probabilities, its text.
 
-    Raises ValueError unless the whole text begins with the word "safe" or "unsafe" and does not go on to deny it, and the two
-    are likely as the first token: a guard that answers otherwise, or refuses to, has not said that anything is safe.
+    Raises ValueError unless the whole text begins with the word "safe" or "unsafe" and does not go on to deny it. With
+    probabilities the two must be likely as the first token, and the likeliest token be the one said; without, a "safe" must
+    stand alone in its line. A guard that answers otherwise, or refuses to, has not said that anything is safe.
     """
     tokens = (choice.get("logprobs") or {}).get("content") or []
     text = (choice.get("message") or {}).get("content") or "".join(token["token"] for token in tokens)
     said = str(text).lstrip().lower()
+    if choice.get("finish_reason") == "content_filter":
+        raise ValueError(f"the answer {said[:40]!r} was cut by a content filter")
     if re.match(r"\W*safe", said) and _DENIED.match(said):
         raise ValueError(f"the answer {said[:40]!r} takes its safe back")
     if choice.get("finish_reason") == "length" and re.fullmatch(r"\W*\w*", said):  # "safe" may be half of "safeguards"
@@ -175,24 +183,39 @@ def read_label(choice: dict[str, Any]) -> float:
     for token in tokens:
         if token["token"].strip():
             weights = {"safe": 0.0, "unsafe": 0.0}
-            for other in token["top_logprobs"] or [token]:
-                start = other["token"].strip().lower()
-                label = next((label for label in weights if start[1:] and label.startswith(start)), None)  # an S is no label
-                if label is not None:
+            likeliest = token["top_logprobs"] or [token]
+            for other in likeliest:
+                if label := _label_of(other["token"]):
                     weights[label] += math.exp(other["logprob"])
             total = sum(weights.values())
-            if not _LABELLED <= total < math.inf:
-                raise ValueError(f"neither safe nor unsafe is likely as the first token, which is {token['token']!r}")
+            if not _LABELLED <= total <= _MOST:
+                raise ValueError(
+                    f"safe and unsafe have {total:.3g} of the first token's probability, which is {token['token']!r}"
+                )
+            if _label_of(max(likeliest, key=lambda one: one["logprob"])["token"]) == ("safe" if unsafe else "unsafe"):
+                raise ValueError(f"the answer {said[:40]!r} does not begin with its likeliest first token")
             return weights["safe"] / total
+    if not unsafe and not _BARE.match(said):
+        raise ValueError(f"the answer {said[:40]!r} says more than safe, and comes without probabilities")
     return 0.0 if unsafe else 1.0
 
 
+def _label_of(token: str) -> str | None:
+    """The label that a first token begins; an S begins none."""
+    start = token.strip().lower()
+    return next((label for label in ("safe", "unsafe") if start[1:] and label.startswith(start)), None)
+
+
 def read_scores(result: dict[str, Any]) -> Verdict:
-    """The verdict of one moderation result. Raises ValueError for a score outside [0, 1], or a flag that is neither."""
+    """The verdict of one moderation result, which is flagged, too, where a category is.
+
+    Raises ValueError for a score outside [0, 1], or a flag that is neither.
+    """
     scores = {category: float(score) for category, score in result["category_scores"].items() if score is not None}
     worst = max(scores, key=scores.__getitem__)
     if not all(0 <= score <= 1 for score in scores.values()):  # NaN fails both comparisons
         raise ValueError("a score lies outside [0, 1]")
     if not isinstance(result["flagged"], bool):
         raise ValueError(f"flagged is {result['flagged']!r}")
-    return Verdict(0.0 if result["flagged"] else 1 - scores[worst], worst)
+    flagged = result["flagged"] or any((result.get("categories") or {}).values())
+    return Verdict(0.0 if flagged else 1 - scores[worst], worst)

@@ -11,39 +11,53 @@ from softguard.guards import Guard, prompt_safety, response_safety
 from softguard.prompts import read_rows
 
 _BATCH = 256
+_FEW = 4  # rows with a response, and as many without, that a guard is tried on
 
 
 def score_file(guard: Guard, data: Path, out: Path) -> int:
     """Write every row of `data` to the JSONL file `out` with a field `p_safe`; returns the number of rows.
 
     Rows with a `response` get p(safe | prompt, response), the others p(safe | prompt).
-    Raises SoftguardError as `check_scoring` does before the guard is asked, or for a failing guard; `out` is written whole or
-    not at all.
+    Raises SoftguardError as `check_scoring` does, before anything is written, or for a guard that fails later; `out` is written
+    whole or not at all.
     """
-    count = check_scoring(data, out)
+    count = check_scoring(guard, data, out)
 
     def write(beside: Path) -> None:
         rows = read_rows(str(data))
         with beside.open("w", encoding="utf-8") as lines:
             while batch := list(islice(rows, _BATCH)):
                 for row, p_safe in zip((r for _, r in batch), _scores(guard, batch), strict=True):
-                    # a Parquet column may hold what JSON has no word for, such as a time
-                    lines.write(json.dumps({**row, "p_safe": round(p_safe, 6)}, ensure_ascii=False, default=str) + "\n")
+                    lines.write(_line({**row, "p_safe": round(p_safe, 6)}))
 
     write_file(out, write)
     return count
 
 
-def check_scoring(data: Path, out: Path) -> int:
-    """How many rows `data` has. Raises SoftguardError for a bad one, or if no file `out` can be written."""
+def check_scoring(guard: Guard, data: Path, out: Path) -> int:
+    """How many rows `data` has; the guard is tried on a few of them.
+
+    Raises SoftguardError for a bad row, if no file `out` can be written, or for a guard that fails.
+    """
     check_file(out)
     check_folder(out.parent)
     count = 0
+    tried: tuple[list[tuple[str, dict[str, Any]]], ...] = ([], [])
     for place, row in read_rows(str(data)):
         if not isinstance(row.get("response"), str | None):
             raise SoftguardError(f"{place}: field 'response' is not text")
         count += 1
+        sort = tried[row.get("response") is None]
+        if len(sort) < _FEW:
+            sort.append((place, row))
+    _scores(guard, [*tried[0], *tried[1]])
     return count
+
+
+def _line(row: dict[str, Any]) -> str:
+    """`row` as a line of JSON; of what JSON has no word for, times of a Parquet column become text, NaN and infinities null."""
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return json.dumps(json.loads(text, parse_constant=lambda word: None), ensure_ascii=False) + "\n"
 
 
 def _scores(guard: Guard, batch: list[tuple[str, dict[str, Any]]]) -> list[float]:
