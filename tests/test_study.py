@@ -1,5 +1,6 @@
 """The study: its grid, its cells, and that neither kills nor workers change its table."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -123,6 +124,13 @@ def test_a_mistake_in_a_grid_is_one_line_that_names_it(
     assert words in refused(capsys, "study", tmp_path / "grid.yaml", "--out", tmp_path / "out", "--set", override)
 
 
+def test_objectives_that_no_adapter_uses_need_not_fit(tmp_path: Path) -> None:
+    alone = ["study.rows.one step.seeds=[]", "study.seeds=[1]"]
+    assert set(arms_of(grid_of(tmp_path, GRID, *alone, "study.adapters={}"))) == {(base, "one step", 8) for base in "ab"}
+    with pytest.raises(SoftguardError, match=r"mean\.seeds names 0"):
+        grid_of(tmp_path, GRID, *alone)
+
+
 def test_a_grid_without_cells_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SoftguardError, match="has no cells"):
         grid_of(tmp_path, "study: {bases: {a: []}}")
@@ -178,19 +186,19 @@ def test_tasks_wait_for_what_they_need_and_are_dropped_with_it(tmp_path: Path) -
         Task("first", write("first")),
         Task("broken", fail),
         Task("dropped", write("dropped"), ("broken",)),
+        Task("dropped with that", write("dropped"), ("dropped", "broken", "first")),
         Task("too large", run_out),
     ]
-    ended: list[tuple[str, str]] = []
+    ended: list[tuple[str, str, int]] = []
     with open_workers(1) as workers:
-        run_tasks(tasks, workers, lambda task, error: ended.append((task.name, error)))
+        run_tasks(tasks, workers, lambda task, *rest: ended.append((task.name, *rest)))
     assert (tmp_path / "order").read_text().split() == ["first", "last"]
-    assert dict(ended) == {
-        "first": "",
-        "last": "",
-        "broken": "it went wrong",
-        "dropped": "it went wrong",
-        "too large": "MemoryError: no room for 3 GB",
-    }
+    assert sorted(ended) == [
+        ("broken", "it went wrong", 2),
+        ("first", "", 0),
+        ("last", "", 0),
+        ("too large", "MemoryError: no room for 3 GB", 0),
+    ]
 
 
 def test_a_task_for_a_worker_that_died_meanwhile_is_one_line() -> None:
@@ -198,7 +206,7 @@ def test_a_task_for_a_worker_that_died_meanwhile_is_one_line() -> None:
         raise BrokenProcessPool("a child process terminated abruptly")
 
     with pytest.raises(SoftguardError, match="a worker died"):
-        run_tasks([Task("a", fail)], Workers(submit, 1), lambda task, error: None)
+        run_tasks([Task("a", fail)], Workers(submit, 1), lambda *_: None)
 
 
 def test_a_worker_of_a_cluster_that_died_costs_its_task_alone() -> None:
@@ -209,7 +217,7 @@ def test_a_worker_of_a_cluster_that_died_costs_its_task_alone() -> None:
 
     ended: list[tuple[str, str]] = []
     tasks = [Task("a", fail), Task("b", fail)]
-    run_tasks(tasks, Workers(submit, 1), lambda task, error: ended.append((task.name, error)))
+    run_tasks(tasks, Workers(submit, 1), lambda task, error, _: ended.append((task.name, error)))
     assert ended == [("a", "RuntimeError: the node is gone"), ("b", "RuntimeError: the node is gone")]
 
 
@@ -312,15 +320,113 @@ def test_flops_count_weights_positions_and_guard(done: tuple[Path, Path]) -> Non
     assert row["flops_per_token"] == {"base": alone, "safe_system": alone, "distilled": alone + 4 * position}
 
 
-def test_a_finished_study_does_nothing_and_needs_no_model(done: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+CHECKED = "[1/1, 0 min, about 0 left] small: corpus and the base's answers"  # all that is told of a finished study
+
+
+def test_a_finished_study_is_checked_and_nothing_is_made_again(
+    done: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from softguard.study import cells
 
-    before = done[1].read_bytes()
-    monkeypatch.setattr(cells, "_loaded", None)
+    out = shutil.copytree(done[1].parent, tmp_path / "out")
+    files = set(out.rglob("*"))
+    monkeypatch.setattr(cells, "distil", None)
+    monkeypatch.setattr(cells, "evaluate", None)
     told: list[str] = []
-    assert run_study(load_grid(done[0]), done[1].parent, told=told.append) == done[1]
-    assert not told
-    assert done[1].read_bytes() == before
+    assert run_study(load_grid(done[0]), out, told=told.append).read_bytes() == done[1].read_bytes()
+    assert told == [CHECKED]
+    run_study(load_grid(done[0], ["teach.keep_caches=true"]), out)  # which nothing would read
+    assert set(out.rglob("*")) == files
+
+
+@pytest.mark.parametrize("change", ["guard", "model", "prompts"])
+def test_a_finished_study_is_refused_once_what_its_names_stand_for_has_changed(
+    change: str, done: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from softguard.study import cells
+    from tests import guards_for_tests
+
+    out = shutil.copytree(done[1].parent, tmp_path / "out")
+    prompts = done[0].parent / "asked.txt"
+    text = prompts.read_text()
+    if change == "guard":
+        monkeypatch.setattr(cells, "_SYSTEM", {})
+        monkeypatch.setattr(guards_for_tests, "by_word", guards_for_tests.half)
+    elif change == "model":
+        other = cells._loaded(load_grid(done[0]).grounds["small"].model)
+        monkeypatch.setattr(cells, "_loaded", lambda _: dataclasses.replace(other, fingerprint="another"))
+    else:
+        prompts.write_text(text.replace("comet", "moon"))
+    told: list[str] = []
+    try:
+        with pytest.raises(SoftguardError, match=r"1 of the study's 1 tasks failed, the first with: .*(settings|base|prompts)"):
+            run_study(load_grid(done[0]), out, told=told.append)
+    finally:
+        prompts.write_text(text)
+    assert [line.split(":")[0] for line in told] == [CHECKED.split(":")[0], "  failed"]
+    assert read_table(out / "cells.parquet") == read_table(done[1])
+
+
+def test_prompts_that_were_added_behind_a_whole_shard_are_refused_too(done: tuple[Path, Path], tmp_path: Path) -> None:
+    alone = ["study.adapters={}", "study.rows={text: {set: [distil.adapter=text, distil.steps=0], seeds: [0]}}"]
+    grid, out = load_grid(done[0], [*alone, "teach.shard_size=4"]), tmp_path / "out"
+    before = read_table(run_study(grid, out))
+    prompts = done[0].parent / "asked.txt"
+    text = prompts.read_text()
+    prompts.write_text(text + "Who was Ada?\n")
+    try:
+        with pytest.raises(
+            SoftguardError, match="prompts were added, taken away or drawn anew; choose another --out, or remove"
+        ):
+            run_study(grid, out)
+        with pytest.raises(SoftguardError, match="holds a run with other settings"):  # nor is it let pass the next time
+            run_study(grid, out)
+        shutil.rmtree(out / "small/cells")
+        after = read_table(run_study(grid, out))
+    finally:
+        prompts.write_text(text)
+    assert before[0]["corpus"] != after[0]["corpus"]
+
+
+@pytest.mark.parametrize(
+    ("name", "holds"),
+    [
+        ("results.json", None),
+        ("results.json", '{"schema": 1, "rows"'),
+        ("outcomes.json", None),
+        ("outcomes.json", "{}"),
+        ("cell.json", "{"),
+        ("softguard.json", None),
+        ("softguard.json", "{"),
+    ],
+)
+def test_a_file_of_a_finished_cell_that_is_lost_or_damaged_is_made_again(
+    name: str, holds: str | None, done: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from softguard.study import plan
+
+    out = shutil.copytree(done[1].parent, tmp_path / "out")
+    file = out / "small/cells/soft/length-4/rate-0.001-seed-0" / name
+    file.unlink()
+    if holds is not None:
+        file.write_text(holds)
+    grid = load_grid(done[0])
+    monkeypatch.setattr(plan, "_seconds", lambda *_: (0.0, []))
+    assert "5 of them to measure, 4 are done" in plan.study_plan(grid, out, 1)
+    told: list[str] = []
+    assert timeless(run_study(grid, out, told=told.append)) == timeless(done[1])
+    assert len(told) == 2
+
+
+def test_a_base_that_cannot_be_prepared_is_told_once(done: tuple[Path, Path], tmp_path: Path) -> None:
+    told: list[str] = []
+    with pytest.raises(
+        SoftguardError, match=r"1 of the study's 10 tasks failed and 9 could not run, the first with: .*no\.such"
+    ):
+        run_study(load_grid(done[0], ["system.guard=no.such:guard"]), tmp_path / "out", told=told.append)
+    assert len(told) == 2
+    assert told[1].startswith("  failed and 9 could not run: ")
+    assert not read_table(tmp_path / "out/cells.parquet")
 
 
 def test_other_prompts_a_suite_measure_again_without_training(done: tuple[Path, Path], tmp_path: Path) -> None:
@@ -392,13 +498,13 @@ def test_what_no_cell_could_run_with_is_told_before_a_corpus_is_drawn(
 def test_cells_of_a_corpus_that_was_replaced_are_not_taken_over(done: tuple[Path, Path], tmp_path: Path) -> None:
     some = load_grid(done[0], ["study.adapters={}", "study.objectives={}"])
     out = shutil.copytree(done[1].parent, tmp_path / "out")
-    assert not study_tasks(some, out)
+    assert [task.name for task in study_tasks(some, out)] == ["small: corpus and the base's answers"]
     shutil.rmtree(out / "small/corpus")
     prompts = done[0].parent / "asked.txt"
     text = prompts.read_text()
     prompts.write_text(text.replace("comet", "moon"))
     try:
-        with pytest.raises(SoftguardError, match=r"2 tasks .* holds a run with other settings, model, precision or corpus"):
+        with pytest.raises(SoftguardError, match=r"^2 of .* holds a run with other settings, model, precision or corpus"):
             run_study(some, out)
         assert not read_table(out / "cells.parquet")
         shutil.rmtree(out / "small/cells")
@@ -462,7 +568,7 @@ def test_a_rate_that_cannot_be_trained_is_passed_over_and_a_row_without_any_is_r
     assert [(row["learning_rate"], row["chosen"]) for row in read_table(table)] == [(0.01, True)]
     told: list[str] = []
     assert run_study(load_grid(done[0], few), tmp_path / "out", told=told.append) == table
-    assert not told  # nor is it tried again
+    assert told == [CHECKED]  # nor is it tried again
     few[-1] = "study.adapters.kv_prefix.learning_rates=[1e30, 1e31]"
     settings = [word for setting in few for word in ("--set", setting)]
     line = refused(capsys, "study", done[0], "--out", tmp_path / "out", *settings)
@@ -508,6 +614,36 @@ def test_the_dry_run_lists_the_cells_and_writes_nothing(
     command = ["study", str(done[0]), "--out", str(done[1].parent), "--dry-run"]
     assert main([*command, "--set", "system.guard=cautious(bundled, generative:zero-shot:org/guard)"]) == 0
     assert "no estimate: org/guard of a hub" in capsys.readouterr().out
+
+
+def test_the_dry_run_refuses_what_the_run_would(
+    done: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "long.jsonl").write_text('{"prompt": "Hi"}\n' * 40 + f'{{"prompt": "{"word " * 600}"}}\n')
+    command = ["study", done[0], "--dry-run", "--out"]
+    assert "file is not a folder" in refused(capsys, *command, tmp_path / "file")
+    assert "file is not a folder" in refused(capsys, "study", done[0], "--out", tmp_path / "file")
+    other = [*command, tmp_path / "out", "--set"]
+    assert "long.jsonl:41" in refused(capsys, *other, f"teach.prompts={tmp_path / 'long.jsonl'}")
+    assert "two judges are called softguard-rules-ngrams" in refused(capsys, *other, "evaluate.other_judges=[bundled]")
+    taught = [*command, done[1].parent, "--set", "system.refusal=No."]
+    assert "holds a corpus made with other settings" in refused(capsys, *taught)
+
+
+def test_the_dry_run_of_a_report_writes_nothing_and_refuses_what_the_report_would(
+    done: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    command = ["study", str(done[0]), "--dry-run", "--out", str(done[1].parent), "--report"]
+    assert main([*command, str(tmp_path / "report")]) == 0
+    assert "study: would write figures and tables of" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert refused(capsys, *command, tmp_path / "file").endswith("choose another --report")
+    assert refused(capsys, *command, tmp_path / "report", "--page", tmp_path / "file/page").endswith("choose another --page")
+    assert "is a folder; name a file" in refused(capsys, *command, tmp_path / "report", "--page", tmp_path)
+    missing = ["study", done[0], "--dry-run", "--out", tmp_path / "out", "--report", tmp_path / "report"]
+    assert "run the study first" in refused(capsys, *missing)
 
 
 def test_the_dry_run_of_a_row_that_its_few_prompts_do_not_let_begin_leaves_it_out(

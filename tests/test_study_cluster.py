@@ -25,6 +25,7 @@ def test_without_ray_the_address_is_one_clear_line(
     recipe = tiny(tmp_path, small_folder)
     line = refused(capsys, "study", recipe, "--out", tmp_path / "out", "--ray-address", "auto")
     assert "pip install ray" in line
+    assert line == refused(capsys, "study", recipe, "--out", tmp_path / "out", "--ray-address", "auto", "--dry-run")
     assert "leave it out" in refused(capsys, "study", recipe, "--out", tmp_path, "--ray-address", "auto", "--workers", 2)
 
 
@@ -62,7 +63,9 @@ def visit(folder: Path) -> None:
 def test_tasks_go_to_both_nodes(address: str, tmp_path: Path) -> None:
     ended: list[str] = []
     with open_workers(1, address) as workers:
-        run_tasks([Task(str(i), partial(visit, tmp_path)) for i in range(4)], workers, lambda task, error: ended.append(error))
+        run_tasks(
+            [Task(str(i), partial(visit, tmp_path)) for i in range(4)], workers, lambda task, error, _: ended.append(error)
+        )
     assert ended == [""] * 4
     assert len(list(tmp_path.iterdir())) == 2
 

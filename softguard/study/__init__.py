@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from softguard.errors import SoftguardError
-from softguard.study.cells import attempt, finish, ground_of, is_finished, is_tried, prepare
+from softguard.files import check_folder
+from softguard.study.cells import attempt, finish, ground_of, is_finished, is_tried, prepare, unseal
 from softguard.study.grid import Arm, Cell, Grid, load_grid
 from softguard.study.table import NAME, read_table, write_table
 from softguard.study.workers import Task, open_workers, run_tasks
@@ -28,40 +29,50 @@ def run_study(
     """Run all cells of a grid that are not done under `out`, and write `out/cells.parquet` after each; returns its path.
 
     `workers` processes of this machine, or, with `ray_address`, a Ray cluster whose nodes share the folder `out`. `told` gets a
-    line for every task that ended. A learning rate at which training diverges is passed over.
+    line for every task that ended. A learning rate at which training diverges is passed over. Of a study that is done it is
+    checked that its model, guard and prompts are those it was made with.
     Raises SoftguardError at the end if cells are missing, naming the first reason, or at once if no worker can be had.
     """
     out = out.resolve()
+    check_folder(out)
+    for cell in (cell for arm in grid.arms for cells in arm.cells for cell in cells):
+        unseal(out / cell.place)
     tasks = study_tasks(grid, out)
     failed: list[str] = []
-    done, begin = 0, time.perf_counter()
+    done, dropped, begin = 0, 0, time.perf_counter()
 
-    def ended(task: Task, error: str) -> None:
-        nonlocal done
-        done += 1
+    def without(skipped: int) -> str:
+        return f" and {skipped} could not run" if skipped else ""
+
+    def ended(task: Task, error: str, skipped: int) -> None:
+        nonlocal done, dropped
+        done, dropped = done + 1 + skipped, dropped + skipped
         spent = time.perf_counter() - begin
         told(
             f"[{done}/{len(tasks)}, {spent / 60:.0f} min, about {spent / done * (len(tasks) - done) / 60:.0f} left] {task.name}"
         )
         if error:
-            told(f"  failed: {error}")
+            told(f"  failed{without(skipped)}: {error}")
             failed.append(error)
         write_table(grid, out)
 
-    if tasks:
-        cores = next(iter(grid.grounds.values())).model.threads
-        with open_workers(workers, ray_address, cores) as pool:
-            run_tasks(tasks, pool, ended)
+    cores = next(iter(grid.grounds.values())).model.threads
+    with open_workers(workers, ray_address, cores) as pool:
+        run_tasks(tasks, pool, ended)
     write_table(grid, out)
     if failed:
         raise SoftguardError(
-            f"{len(failed)} tasks of the study failed, the first with: {failed[0]}; the same command tries again"
+            f"{len(failed)} of the study's {len(tasks)} tasks failed{without(dropped)}, the first with: {failed[0]}; "
+            "the same command tries again"
         )
     return out / NAME
 
 
 def study_tasks(grid: Grid, out: Path) -> list[Task]:
-    """What is still to be done, base by base; within one, the first seed of all rows before the others."""
+    """What is still to be done, base by base; within one, the first seed of all rows before the others.
+
+    Before it, and where nothing is, each base's corpus and answers are made or checked.
+    """
     tasks = []
     for base in grid.grounds:
         arms = [arm for arm in grid.arms if arm.cells[0][0].base == base]
@@ -83,6 +94,5 @@ def study_tasks(grid: Grid, out: Path) -> list[Task]:
                 head = arm.cells[number][0].recipe
                 label = f"{base}, {arm.cells[0][0].row}, length {head.distil.n_soft}, seed {head.seed}"
                 own.append(Task(label, partial(finish, ground, arm, number, out), tuple(needs)))
-        if own:
-            tasks += [Task(first, partial(prepare, ground, [arm.cells[0][0].recipe for arm in arms])), *own]
+        tasks += [Task(first, partial(prepare, ground, [arm.cells[0][0].recipe for arm in arms], bool(own))), *own]
     return tasks

@@ -24,7 +24,7 @@ from softguard.cost import flops_per_token
 from softguard.distill import check_distil, distil
 from softguard.engine import Engine
 from softguard.errors import DivergedError, SoftguardError
-from softguard.evaluation import check_evaluation, evaluate
+from softguard.evaluation import check_evaluation, evaluate, read_results
 from softguard.files import locked, read_json, write_json
 from softguard.judges import load_judges
 from softguard.models import base_of
@@ -64,10 +64,12 @@ def ground_of(arm: Arm, grid: Grid, out: Path) -> Ground:
     return Ground(grid.grounds[cell.base], out / cell.place.parts[0])
 
 
-def prepare(ground: Ground, recipes: Sequence[Recipe]) -> None:
+def prepare(ground: Ground, recipes: Sequence[Recipe], unfinished: bool) -> None:
     """Draw the corpus of a base and its own answers, once all that its cells will need is checked; `recipes`: one a row.
 
-    Raises SoftguardError as `check_distil`, `teach` and `evaluate` do.
+    A corpus that is there is compared with the model, guard and prompts now behind the recipe's names. `unfinished`: whether
+    cells are left to do; no caches are kept for those that are done.
+    Raises SoftguardError as `check_distil`, `teach` and `evaluate` do, or if the corpus has become another under its cells.
     """
     with locked(ground.folder / ".lock"):
         base, system = _loaded(ground.recipe.model), _system(ground.recipe.system)
@@ -75,7 +77,14 @@ def prepare(ground: Ground, recipes: Sequence[Recipe]) -> None:
         check_evaluation(ground.recipe, ground.folder / "base", system, None, engines, judges)
         for recipe in recipes:
             check_distil(recipe, ground.folder, base)
-        teach(ground.recipe, ground.folder / "corpus", base, system)
+        known = _corpus(ground.folder)
+        corpus = teach(ground.recipe if unfinished else ground.recipe.deciding, ground.folder / "corpus", base, system)
+        cells = ground.folder / "cells"
+        if known not in (None, corpus.fingerprint) and cells.is_dir():  # of a shard more or less, which `teach` allows
+            raise SoftguardError(
+                f"{corpus.folder} is no longer what {cells} were trained on: prompts were added, taken away or drawn anew; "
+                "choose another --out, or remove those cells to train them again"
+            )
         if _base_measured(ground) != ground.measuring:
             evaluate(ground.recipe, ground.folder / "base", base, system, None, judges)
             write_json(ground.folder / _MEASURED, ground.measuring)
@@ -102,8 +111,7 @@ def finish(ground: Ground, arm: Arm, number: int, out: Path) -> None:
     folder = out / cell.place
     with locked(folder / ".lock"):
         _train(ground, cell, folder)
-        seal = read_json(folder / "cell.json", "cell")
-        if _is_measured(ground, seal):
+        if _is_measured(ground, folder):
             return
         base, system = _loaded(ground.recipe.model), _system(ground.recipe.system)
         adapter = Adapter.load(folder, base)
@@ -115,7 +123,7 @@ def finish(ground: Ground, arm: Arm, number: int, out: Path) -> None:
         seconds = None if begun else time.perf_counter() - begin
         flops = flops_per_token(base, system, adapter, CONTEXT)
         done = {**ground.measuring, "evaluate_seconds": seconds, "flops_per_token": flops}
-        write_json(folder / "cell.json", {**seal, **done})
+        write_json(folder / "cell.json", {**_read(folder / "cell.json"), **done})
 
 
 def chosen_rate(arm: Arm, out: Path) -> int:
@@ -142,16 +150,15 @@ def validation_loss(cell: Cell, out: Path) -> float:
 
 def is_trained(cell: Cell, folder: Path) -> bool:
     """Whether `folder` holds the cell's adapter, and no other recipe's or corpus's."""
-    return is_tried(cell, folder) and "diverged" not in read_json(folder / "cell.json", "cell")
+    return is_tried(cell, folder) and "diverged" not in _read(folder / "cell.json")
 
 
 def is_tried(cell: Cell, folder: Path) -> bool:
     """Whether `folder` holds the cell's adapter, or that its rate is too large for one."""
-    path = folder / "cell.json"
-    if not path.is_file():
+    seal = _read(folder / "cell.json")
+    if any(seal.get(key) != value for key, value in _trained_by(cell, folder).items()):
         return False
-    seal = read_json(path, "cell")
-    return all(seal.get(key) == value for key, value in _trained_by(cell, folder).items())
+    return "diverged" in seal or bool(_read(folder / "softguard.json"))
 
 
 def is_finished(ground: Ground, arm: Arm, number: int, out: Path) -> bool:
@@ -163,7 +170,15 @@ def is_finished(ground: Ground, arm: Arm, number: int, out: Path) -> bool:
     except SoftguardError:  # all its rates were too large
         return False
     folder = out / cell.place
-    return is_trained(cell, folder) and _is_measured(ground, read_json(folder / "cell.json", "cell"))
+    return is_trained(cell, folder) and _is_measured(ground, folder)
+
+
+def unseal(folder: Path) -> None:
+    """Strike from a cell's seal that it was measured if its figures are lost or damaged, so that no table looks for them."""
+    if _lacks_figures(folder):
+        with locked(folder / ".lock"):
+            if _lacks_figures(folder):  # nobody has measured it meanwhile
+                write_json(folder / "cell.json", {**_read(folder / "cell.json"), "evaluation": None})
 
 
 def is_like_base(ground: Ground, seal: dict[str, Any]) -> bool:
@@ -177,8 +192,7 @@ def is_like_base(ground: Ground, seal: dict[str, Any]) -> bool:
 
 def _base_measured(ground: Ground) -> dict[str, str | None]:
     """`Ground.measuring` when the base's own answers were measured; empty before."""
-    path = ground.folder / _MEASURED
-    return read_json(path, "ground") if path.is_file() else {}
+    return _read(ground.folder / _MEASURED)
 
 
 def evaluation_of(recipe: Recipe) -> str:
@@ -186,14 +200,36 @@ def evaluation_of(recipe: Recipe) -> str:
     return fingerprint(recipe.model, recipe.system, recipe.evaluate, recipe.seed)
 
 
-def _is_measured(ground: Ground, seal: dict[str, Any]) -> bool:
-    return all(seal.get(key) == value for key, value in ground.measuring.items())
+def _is_measured(ground: Ground, folder: Path) -> bool:
+    seal = _read(folder / "cell.json")
+    return all(seal.get(key) == value for key, value in ground.measuring.items()) and not _lacks_figures(folder)
+
+
+def _lacks_figures(folder: Path) -> bool:
+    """Whether the seal says that the cell was measured, but what was found cannot be read."""
+    if _read(folder / "cell.json").get("evaluation") is None:
+        return False
+    try:
+        read_results(folder / "results.json")
+    except SoftguardError:
+        return True
+    return "outcomes" not in _read(folder / "outcomes.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a file of a cell holds; nothing of one that is lost or damaged, for it is made again."""
+    try:
+        return read_json(path, "cell")
+    except SoftguardError:
+        return {}
 
 
 def _train(ground: Ground, cell: Cell, folder: Path) -> None:
     if is_trained(cell, folder):
         return
     base = _loaded(cell.recipe.model)
+    if not _read(folder / "softguard.json"):
+        (folder / "softguard.json").unlink(missing_ok=True)  # a damaged one would be refused
     resumed = (folder / "checkpoint").is_dir()
     begin = time.perf_counter()
     distil(cell.recipe, Corpus.open(ground.folder / "corpus", base), folder, base)
@@ -204,7 +240,7 @@ def _train(ground: Ground, cell: Cell, folder: Path) -> None:
 
 def _trained_by(cell: Cell, folder: Path) -> dict[str, str | None]:
     """Identity of a cell's training: of the recipe's names, and of the corpus behind them; `folder` is in its base's."""
-    recipe = cell.recipe
+    recipe = cell.recipe.deciding
     names = fingerprint(recipe.model, recipe.system, recipe.teach, recipe.distil, recipe.seed)
     return {"training": names, "corpus": _corpus(folder.parents[len(cell.place.parts) - 2])}
 

@@ -185,10 +185,12 @@ def _check_names(study: GridConfig) -> None:
     """Raises SoftguardError for a part that names what the study does not have, or changes more than the training, and for rows
     of one name, or of one that reports give to the base and the safe system.
     """
+    used = {objective for part in study.adapters.values() for objective in part.objectives or study.objectives}
     parts = {
         f"study.{section}.{name}": part
         for section in ("adapters", "objectives", "rows")
         for name, part in getattr(study, section).items()
+        if section != "objectives" or name in used
     }
     known: dict[str, Sequence[object]] = {
         "bases": list(study.bases),

@@ -2,34 +2,46 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from softguard.config import Recipe
-from softguard.corpus import teach
+from softguard.corpus import check_teaching, teach
 from softguard.distill import check_distil, time_step
+from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.estimate import minutes, pace_of, teach_seconds
+from softguard.evaluation import check_evaluation
+from softguard.files import check_file, check_folder
 from softguard.judges import load_judges
 from softguard.models import DEMO_MODEL, base_of
 from softguard.prompts import read_prompts, thin
-from softguard.study.cells import ground_of, is_finished
+from softguard.report.study import write_study
+from softguard.study.cells import Ground, ground_of, is_finished
 from softguard.study.grid import Arm, Grid
+from softguard.study.workers import load_ray
 from softguard.suites import Suite, load_suites
 from softguard.system import SafeSystem
 
 _PROMPTS = 16  # of the corpus that steps are timed on
 
 
-def study_plan(grid: Grid, out: Path, workers: int) -> str:
+def study_plan(grid: Grid, out: Path, workers: int, ray_address: str | None = None) -> str:
     """The cells of every base; for those whose model, prompts and suites are on this machine an estimate, and what is done.
 
-    Raises SoftguardError for prompts, suites or guards that cannot be used; what is on a hub is not looked up.
+    Raises SoftguardError for prompts, suites, judges, guards, folders or workers that cannot be used, or another recipe's
+    corpus in `out`; what is on a hub is not looked up.
     """
+    check_folder(out)
+    if ray_address is not None:
+        load_ray()
     lines, total, done = [], 0.0, 0
     for base, recipe in grid.grounds.items():
         arms = [arm for arm in grid.arms if arm.cells[0][0].base == base]
+        if not arms:
+            continue
+        ground = ground_of(arms[0], grid, out)
         lines += [f"{base}: {recipe.model.name}", *(f"  {_line(arm)}" for arm in arms)]
         evaluate = recipe.evaluate
         suites = [name for name in evaluate.suites if not name.startswith("hub:")]
@@ -37,13 +49,13 @@ def study_plan(grid: Grid, out: Path, workers: int) -> str:
         asked = [name for name in evaluate.suites if name not in suites]
         asked += [name for judge in (evaluate.judge, *evaluate.other_judges) for name in _models_of_hub(judge)]
         if not asked:
-            done += sum(_done(arm, grid, out) for arm in arms)
+            done += sum(is_finished(ground, arm, number, out) for arm in arms for number in range(len(arm.cells)))
         away = [name for name in (recipe.teach.prompts, recipe.teach.validation) if name.startswith("hub:")]
         away += [*asked, *_models_of_hub(recipe.system.guard), *([recipe.model.name] if _is_of_hub(recipe.model.name) else [])]
         if away:
             lines.append(f"  no estimate: {', '.join(dict.fromkeys(away))} of a hub would be looked up")
             continue
-        seconds, notes = _seconds(recipe, arms, loaded)
+        seconds, notes = _seconds(ground, arms, loaded)
         lines += [*notes, f"  about {minutes(seconds)} of one worker"]
         total += seconds
     measured = sum(len(arm.cells) for arm in grid.arms)
@@ -52,6 +64,29 @@ def study_plan(grid: Grid, out: Path, workers: int) -> str:
     if total:
         lines[-1] += f"; about {minutes(total / workers)} with {workers} worker{'s'[: workers > 1]}, nothing done"
     return "\n".join(lines)
+
+
+def report_plan(tables: Sequence[Path], suites: Sequence[str], folder: Path, page: Path) -> str:
+    """What `write_study` would write; it is written elsewhere, and dropped.
+
+    Raises SoftguardError as `write_study` does, or for paths that cannot be written.
+    """
+    beside = folder.resolve().with_name(f"{folder.resolve().name}.json")
+    _check_place(folder, "--report")
+    _check_place(beside.parent, "--report")
+    _check_place(page.parent, "--page")
+    check_file(beside)
+    check_file(page)
+    with TemporaryDirectory() as name:
+        write_study(tables, suites, Path(name) / "report", Path(name) / "page.md")
+    return f"study: would write figures and tables of {', '.join(map(str, tables))} to {folder} and {page}"
+
+
+def _check_place(folder: Path, option: str) -> None:
+    try:
+        check_folder(folder)
+    except SoftguardError as error:  # it names the option of most commands
+        raise SoftguardError(f"{str(error).removesuffix('--out')}{option}") from error
 
 
 def _is_of_hub(model: str) -> bool:
@@ -73,21 +108,21 @@ def _line(arm: Arm) -> str:
     return f"{first.row}, length {distil.n_soft}: {distil.taken_steps} steps, rates {rates}, seeds {seeds}"
 
 
-def _done(arm: Arm, grid: Grid, out: Path) -> int:
-    ground = ground_of(arm, grid, out)
-    return sum(is_finished(ground, arm, number, out) for number in range(len(arm.cells)))
-
-
-def _seconds(recipe: Recipe, arms: list[Arm], suites: list[Suite]) -> tuple[float, list[str]]:
+def _seconds(ground: Ground, arms: list[Arm], suites: list[Suite]) -> tuple[float, list[str]]:
     """Seconds of all cells of a base, from a few prompts and two steps of every arm, and which arms they leave out.
 
-    Raises SoftguardError for an adapter that cannot be trained whatever the prompts.
+    Raises SoftguardError as `check_teaching` and `check_evaluation` do, or for an adapter that cannot be trained whatever the
+    prompts.
     """
-    base, system = base_of(recipe.model), SafeSystem.from_config(recipe.system)
+    recipe = ground.recipe
+    base, system, judges = base_of(recipe.model), SafeSystem.from_config(recipe.system), load_judges(recipe.evaluate)
+    engine = Engine(base)
+    check_evaluation(recipe, ground.folder / "base", system, None, [engine], judges)
+    check_teaching(recipe, ground.folder / "corpus", engine, system)
     wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
     texts = [prompt.text for source, limit in wanted for prompt in read_prompts(source, limit)]
     seconds = teach_seconds(recipe, base, system, texts)
-    pace = pace_of(recipe, base, system, load_judges(recipe.evaluate), suites)
+    pace = pace_of(recipe, base, system, judges, suites)
     seconds += pace.seconds(suites, made=1, graded=2)
     measuring = pace.seconds(suites, made=1, graded=3)  # the base's answers are kept
     notes = []

@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import wait as wait_for
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,11 +25,11 @@ Submit = Callable[[Callable[[], str]], "Future[str]"]
 
 
 class Task(NamedTuple):
-    """Something to run once all tasks called `needs` have ended, well or not. `run` can be pickled."""
+    """Something to run once all tasks called `needs` have ended well. `run` can be pickled."""
 
     name: str
     run: Callable[[], None]
-    needs: tuple[str, ...] = ()  # what is not run if one of them fails
+    needs: tuple[str, ...] = ()
 
 
 class Workers(NamedTuple):
@@ -39,30 +39,31 @@ class Workers(NamedTuple):
     slots: int
 
 
-def run_tasks(tasks: Sequence[Task], workers: Workers, told: Callable[[Task, str], None]) -> None:
-    """Run all tasks, earlier ones first where both can; `told` gets each that has ended, with its error or "".
+def run_tasks(tasks: Sequence[Task], workers: Workers, told: Callable[[Task, str, int], None]) -> None:
+    """Run all tasks, earlier ones first where both can.
 
-    A task whose need failed is not run, and is told with the need's error.
+    `told` gets each that has ended, with its error or "", and how many are not run because they need it.
     Raises SoftguardError if a worker died.
     """
     waiting, running = list(tasks), dict[Future[str], Task]()
-    ended: dict[str, str] = {}
+    ended: set[str] = set()
 
     def end(task: Task, error: str) -> None:
-        ended[task.name] = error
-        told(task, error)
+        ended.add(task.name)
+        told(task, error, drop(task) if error else 0)
+
+    def drop(need: Task) -> int:
+        own = [task for task in waiting if need.name in task.needs]
+        for task in own:
+            waiting.remove(task)
+        return len(own) + sum(map(drop, own))
 
     try:
         while waiting or running:
-            for task in [task for task in waiting if all(need in ended for need in task.needs)]:
-                broken = next((ended[need] for need in task.needs if ended[need]), "")
-                if not broken and len(running) >= workers.slots:
-                    continue
+            able = [task for task in waiting if ended.issuperset(task.needs)]
+            for task in able[: workers.slots - len(running)]:
                 waiting.remove(task)
-                if broken:
-                    end(task, broken)
-                else:
-                    running[workers.submit(partial(_attempt, task.run))] = task
+                running[workers.submit(partial(_attempt, task.run))] = task
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 error = future.exception()
@@ -150,12 +151,18 @@ def _end_with_parent() -> None:
     os._exit(1)  # a worker left alone would hold its cell's lock until the cell is done, then sleep for ever
 
 
-@contextmanager
-def _cluster(address: str, cores: int) -> Iterator[Workers]:
+def load_ray() -> Any:
+    """The module Ray. Raises SoftguardError if it is not installed."""
     try:
         import ray
     except ImportError as error:
         raise SoftguardError("--ray-address needs Ray; run: pip install ray") from error
+    return ray
+
+
+@contextmanager
+def _cluster(address: str, cores: int) -> Iterator[Workers]:
+    ray = load_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray starts; it would report to its makers
     joined = not ray.is_initialized()
     if joined:
