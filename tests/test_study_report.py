@@ -79,6 +79,26 @@ def test_a_line_is_the_mean_over_seeds_with_the_outermost_ends() -> None:
     assert (good.n, good.seeds) == (10, 2)
 
 
+def otherwise(row: dict[str, Any], system: str, name: str, count: int) -> dict[str, Any]:
+    """The row of a run whose base or safe system has so many of ten."""
+    more = {"outcomes": [1.0] * count + [0.0] * (10 - count), "value": count / 10}
+    return {**row, "metrics": [{**m, **more} if (m["system"], m["metric"]) == (system, name) else m for m in row["metrics"]]}
+
+
+def test_base_and_system_of_a_further_run_are_shown_where_they_differ() -> None:
+    elsewhere = [otherwise(row, "safe_system", "safety", 9) for row in (ROWS[2], ROWS[3])]
+    rows = with_methods([ROWS[0], *elsewhere, otherwise(cell("rich", 0, 9, 1, 8), "base", "safety", 4)])
+    ours = [line for line in lines_of(HARMBENCH, rows) if line.source == "ours"]
+    assert [(line.method, line.value, line.note) for line in ours if line.method[:4] in ("base", "safe")] == [
+        ("base", 50, ""),
+        ("base, run 3", 40, "beside rich"),
+        ("safe system", 100, ""),
+        ("safe system, run 2", 90, "beside good, seed 1; poor"),
+    ]
+    refusals = next(exhibit for exhibit in EXHIBITS if exhibit.name == "over-refusal")
+    assert [line.method for line in lines_of(refusals, rows)][:4] == ["base", "safe system", "good", "poor"]
+
+
 def test_another_judge_s_figures_stand_apart() -> None:
     more = metric("distilled", "eval_harmbench-harmful", "safety by strict", [1.0, 0.0])
     row = {**ROWS[3], "metrics": [*ROWS[3]["metrics"], more]}
@@ -220,6 +240,22 @@ def test_the_page_shows_ours_beside_the_published_and_every_figure_it_names_is_t
     told = json.loads((tmp_path / "results.json").read_text())
     assert (told["seed"], told["guard"], told["versions"]) == ([0, 1], ["the-guard"], [{"threads": "2"}])
     assert [f["value"] for f in told["figures"] if (f["method"], f["metric"]) == ("poor", "safety")] == [0.6]
+
+
+def test_the_page_says_what_is_of_several_runs_or_corpora(tmp_path: Path) -> None:
+    _, page = written(tmp_path, ROWS)
+    assert "run 2" not in page
+    assert "corpora:" not in page
+    _, page = written(tmp_path, [ROWS[0], {**otherwise(ROWS[2], "base", "safety", 4), "corpus": "another"}, ROWS[3]])
+    assert "each seed's own run. tiny <model>, run 2: good, seed 1. Rows whose seeds are of several corpora: " in page
+    assert "corpora: tiny <model>, good (0: drawn; 1: another).\n" in page
+    assert "| ours | tiny <model> | eval_harmbench-harmful | base, run 2 | 40.0 [" in page
+
+
+def test_seconds_of_training_are_the_first_seed_s(tmp_path: Path) -> None:
+    _, page = written(tmp_path, [ROWS[0], {**ROWS[2], "train_seconds": 900.0}, {**ROWS[3], "train_seconds": None}])
+    assert "| good | 64 | 2 | 3 | 9.0 |" in page
+    assert "| poor | 64 | 2 | – | 9.0 |" in page
 
 
 def test_cells_of_several_runs_are_joined_and_those_of_other_questions_refused(tmp_path: Path) -> None:

@@ -26,12 +26,27 @@ class Exhibit(NamedTuple):
     suites: str  # regular expression, of a part
     unit: str = "%"
 
+    @property
+    def scale(self) -> int:
+        """From shares to its unit."""
+        return 100 if self.unit.startswith("%") else 1
+
+    @property
+    def digits(self) -> int:
+        """As many of a figure are shown behind the point."""
+        return 1 if self.unit.startswith("%") else 3
+
 
 _WRAPPED = r"(?<![a-z])dan(?![a-z])|jailbreak|template|wrap"
 _HARMBENCH = rf"^(?!.*({_WRAPPED})).*harmbench"
 EXHIBITS = (
     Exhibit("harmbench", "Safe answers to HarmBench, by base model", "safety", _HARMBENCH),
-    Exhibit("best-rate", "Safe answers by method, each at its own learning rate", "safety", rf"^harmful$|{_HARMBENCH}"),
+    Exhibit(
+        "best-rate",
+        "Safe answers by method, at the rate validation preferred of those tried",
+        "safety",
+        rf"^harmful$|{_HARMBENCH}",
+    ),
     Exhibit("trained-kind", "Safe answers to held-out prompts of the kind trained on", "safety", r"^harmful$|beavertails"),
     Exhibit("jailbreak", "Safe answers to jailbreaks", "safety", _WRAPPED),
     Exhibit("judge", "Safe answers by another judge", r"safety by .*", rf"^harmful$|{_HARMBENCH}"),
@@ -64,24 +79,60 @@ class Line(NamedTuple):
     note: str = ""
 
 
+class Run(NamedTuple):
+    """Measured rows of a base model beside which base and safe system answered alike."""
+
+    base: str
+    number: int  # 1 is that of the base model's first row
+    rows: list[Row]
+    figures: dict[tuple[str, str, str], Mapping[str, Any]]  # of base and safe system, by system, suite and metric
+
+
 def lines_of(exhibit: Exhibit, rows: Sequence[Row]) -> list[Line]:
-    """Our lines and then the published ones; base and safe system stand first, once a base model."""
-    lines = []
-    for group in by_method(rows):
-        if exhibit.metric == "gflops_per_token":
-            lines += _compute(exhibit, group)
-            continue
-        for system in (*SYSTEMS, "distilled"):
-            own = [m for m in group[0]["metrics"] if m["system"] == system and re.search(exhibit.suites, m["suite"].lower())]
-            for m in own:
-                if re.fullmatch(exhibit.metric, m["metric"]):
-                    lines.append(_line(exhibit, group, system, m["suite"], m["metric"]))
-    first: dict[tuple[str, ...], Line] = {}  # of base and system, which every row of the table repeats
-    for line in lines:
-        first.setdefault((line.base, line.suite, line.method, line.note), line)
-    order = {method: place for place, method in enumerate(SYSTEMS.values())}
-    ours = sorted(first.values(), key=lambda line: (line.base, line.suite, order.get(line.method, len(order))))
+    """Our lines and then the published ones; base and safe system stand first, those of a further run where they differ."""
+    groups = by_method(rows)
+    if exhibit.metric == "gflops_per_token":
+        first: dict[tuple[str, str], Line] = {}  # of base and system, which every row of the table repeats
+        for line in (line for group in groups for line in _compute(exhibit, group)):
+            first.setdefault((line.base, line.method), line)
+        ours = list(first.values())
+    else:
+        ours = _systems(exhibit, rows)
+        for group in groups:
+            for m in group[0]["metrics"]:
+                if m["system"] == "distilled" and _belongs(exhibit, m["suite"], m["metric"]):
+                    found = [metric_of(row, "distilled", m["suite"], m["metric"]) for row in group]
+                    ours.append(_line(exhibit, group[0]["base"], group[0]["method"], [x for x in found if x is not None]))
+    ours.sort(key=lambda line: (line.base, line.suite))
     return ours + [line for line in published() if line.exhibit == exhibit.name]
+
+
+def runs_of(rows: Sequence[Row]) -> list[Run]:
+    """The measured rows, apart where base or safe system answered otherwise: on another machine, or in another precision.
+
+    A figure that one of two rows lacks does not tell them apart.
+    """
+    runs: list[Run] = []
+    for row in (row for group in by_method(rows) for row in group):
+        own = [run for run in runs if run.base == row["base"]]
+        figures = {(m["system"], m["suite"], m["metric"]): m for m in row["metrics"] if m["system"] in SYSTEMS}
+        run = next((run for run in own if all(_same(m, run.figures.get(key, m)) for key, m in figures.items())), None)
+        if run is None:
+            runs.append(Run(row["base"], len(own) + 1, [row], figures))
+        else:
+            run.rows.append(row)
+            run.figures.update({key: m for key, m in figures.items() if key not in run.figures})
+    return runs
+
+
+def named(rows: Sequence[Row], among: Sequence[Row]) -> str:
+    """Rows by their methods, with their seeds where others of the method are not among them."""
+    names = []
+    for group in by_method(among):
+        if seeds := [str(row["seed"]) for row in group if any(row is one for one in rows)]:
+            some = f", {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(seeds)}"
+            names.append(group[0]["method"] + some * (len(seeds) < len(group)))
+    return "; ".join(names)
 
 
 def by_method(rows: Iterable[Row]) -> list[list[Row]]:
@@ -121,18 +172,44 @@ def metric_of(row: Row, system: str, suite: str, metric: str) -> Mapping[str, An
     return found
 
 
-def _line(exhibit: Exhibit, group: Sequence[Row], system: str, suite: str, metric: str) -> Line:
+def _belongs(exhibit: Exhibit, suite: str, metric: str) -> bool:
+    return bool(re.search(exhibit.suites, suite.lower()) and re.fullmatch(exhibit.metric, metric))
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return bool(one["value"] == other["value"] and one["outcomes"] == other["outcomes"])
+
+
+def _systems(exhibit: Exhibit, rows: Sequence[Row]) -> list[Line]:
+    """Base and safe system: of the first run, and of others whose figure, as it is shown, is none of those before."""
+    lines = []
+    runs = runs_of(rows)
+    for system, method in SYSTEMS.items():
+        found: dict[tuple[str, str, str], dict[float, list[tuple[Run, Mapping[str, Any]]]]] = {}
+        for run in runs:
+            for (of, suite, metric), m in run.figures.items():
+                if of == system and _belongs(exhibit, suite, metric):
+                    shown = round(exhibit.scale * m["value"], exhibit.digits)
+                    found.setdefault((run.base, suite, metric), {}).setdefault(shown, []).append((run, m))
+        for (base, _, _), values in found.items():
+            for place, same in enumerate(values.values()):
+                line = _line(exhibit, base, method, [same[0][1]])
+                if place:
+                    beside = f"beside {named([row for run, _ in same for row in run.rows], rows)}"
+                    note = f"{line.note}; {beside}" if line.note else beside
+                    line = line._replace(method=f"{method}, run {same[0][0].number}", note=note)
+                lines.append(line)
+    return lines
+
+
+def _line(exhibit: Exhibit, base: str, method: str, found: Sequence[Mapping[str, Any]]) -> Line:
     """A mean over seeds, with the outermost ends of their intervals."""
-    kept = group if system == "distilled" else group[:1]  # base and system do not depend on the seed
-    found = [m for row in kept if (m := metric_of(row, system, suite, metric)) is not None]
-    scale = 100 if exhibit.unit.startswith("%") else 1
-    values = [scale * m["value"] for m in found]
-    low, high = scale * min(m["low"] for m in found), scale * max(m["high"] for m in found)
-    method = SYSTEMS.get(system) or group[0]["method"]
+    values = [exhibit.scale * m["value"] for m in found]
+    low, high = exhibit.scale * min(m["low"] for m in found), exhibit.scale * max(m["high"] for m in found)
     ends = (low, high, min(values), max(values))
     return Line(
-        exhibit.name, "ours", group[0]["base"], method, suite, float(np.mean(values)), *ends, found[0]["n"], len(found),
-        "" if metric == exhibit.metric else metric,
+        exhibit.name, "ours", base, method, found[0]["suite"], float(np.mean(values)), *ends, found[0]["n"], len(found),
+        "" if found[0]["metric"] == exhibit.metric else found[0]["metric"],
     )  # fmt: skip
 
 

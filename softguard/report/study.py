@@ -11,7 +11,7 @@ import numpy as np
 
 from softguard.errors import SoftguardError
 from softguard.files import write_json, write_text
-from softguard.report.exhibits import EXHIBITS, SOURCE, Exhibit, Line, Row, by_method, lines_of, with_methods
+from softguard.report.exhibits import EXHIBITS, SOURCE, Exhibit, Line, Row, by_method, lines_of, named, runs_of, with_methods
 from softguard.report.summary import Figure, figures, summary, table
 from softguard.report.svg import Curve, Dot, Point, curves, dots, plane
 from softguard.report.tradeoffs import AXES, TESTED, Comparison, Member, comparisons, front, standings
@@ -100,7 +100,31 @@ def _head(rows: Sequence[Row], suites: Sequence[str], name: str, where: str) -> 
         "Right answers are those of likeliest choices; what the system or a gate refuses is wrong, but what another adapter "
         "refuses in words is not seen there.",
         "",
+        *_runs(rows),
     ]
+
+
+def _runs(rows: Sequence[Row]) -> list[str]:
+    """What of several runs stands beside each other; nothing of one."""
+    text = []
+    if further := [run for run in runs_of(rows) if run.number > 1]:
+        listed = ". ".join(f"{run.base}, run {run.number}: {named(run.rows, rows)}" for run in further)
+        text.append(
+            "Base and safe system are those of a base model's first run. In others, on another machine or in another "
+            "precision, they answered some prompts otherwise; where that changes a figure of theirs, both are shown. Gaps, "
+            f"changes and tests are taken beside each seed's own run. {listed}."
+        )
+    drawn = []
+    for group in by_method(rows):
+        by_corpus: dict[str, list[str]] = {}
+        for row in group:
+            by_corpus.setdefault(row["corpus"], []).append(str(row["seed"]))
+        if len(by_corpus) > 1:
+            seeds = "; ".join(f"{', '.join(seeds)}: {corpus}" for corpus, seeds in by_corpus.items())
+            drawn.append(f"{group[0]['base']}, {group[0]['method']} ({seeds})")
+    if drawn:
+        text.append(f"Rows whose seeds are of several corpora: {'; '.join(drawn)}.")
+    return [" ".join(text), ""] if text else []
 
 
 def _beside(found: Sequence[Figure], whole: str) -> list[str]:
@@ -119,7 +143,7 @@ def _rates(rows: Sequence[Row]) -> list[str]:
     text = [
         "## Learning rates",
         "",
-        "Validation loss of the row's own objective at its first seed; the rate chosen in bold.",
+        "Validation loss of the row's own objective at its first seed; where several rates were tried, the one chosen in bold.",
         "",
     ]
     text += ["| base | row | validation loss by rate |", "| --- | --- | --- |"]
@@ -139,26 +163,27 @@ def _costs(rows: Sequence[Row]) -> list[str]:
     text = [
         "## Cost",
         "",
-        "Milliseconds to the first token and tokens a second of the first seed's run, beside those of its base there. Runs are "
-        "of different machines: compare what a row takes over its base, not rows with each other, nor seconds of training.",
+        "Seconds of training (– where it was interrupted), milliseconds to the first token and tokens a second are of the "
+        "first seed's run, the last two beside those of its base there. Runs are of different machines, which may have done "
+        "other work: compare what a row takes over its base, not rows with each other, nor seconds of training.",
         "",
         "| base | row | numbers | steps | seconds of training | first token, ms | base's | over it | tokens/s | base's |",
         "|" + " --- |" * 10,
     ]
     for group in by_method(rows):
-        times = [row["train_seconds"] for row in group if row["train_seconds"] is not None]
+        trained = group[0]["train_seconds"]
         taken = {(c["system"], c["metric"]): c["value"] for c in group[0]["cost"]}
         first, speed = ([taken[name, metric] for name in ("distilled", "base")] for metric in _TIMES)
         text.append(
             f"| {group[0]['base']} | {group[0]['method']} | {group[0]['parameters']:,} | {group[0]['steps']} | "
-            f"{f'{np.mean(times):.0f}' if times else '–'} | {first[0]:.1f} | {first[1]:.1f} | {first[0] / first[1]:.2f} × | "
+            f"{'–' if trained is None else f'{trained:.0f}'} | {first[0]:.1f} | {first[1]:.1f} | {first[0] / first[1]:.2f} × | "
             f"{speed[0]:.1f} | {speed[1]:.1f} |"
         )
     return [*text, ""]
 
 
 def _exhibit(exhibit: Exhibit, lines: Sequence[Line], folder: Path) -> _Made:
-    digits = 1 if exhibit.unit.startswith("%") else 3
+    digits = exhibit.digits
     groups: dict[str, list[Dot]] = {}
     text = [f"| | base | suite | method | {exhibit.unit} | over seeds | n | |", "|" + " --- |" * 8]
     for line in lines:
