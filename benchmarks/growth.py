@@ -4,7 +4,8 @@ short ones, and with their number.
     python -m benchmarks.growth [--rounds 3] [--threads 2]
 
 The corpus is drawn from a two-layer random model and scored by a function, so that what is measured is the corpus's own
-work, each size in a process of its own; training steps are SmolLM2-135M-Instruct's. Also draws docs/growth.svg.
+work, each size in a process of its own; training steps are SmolLM2-135M-Instruct's. Also draws docs/growth.svg, with the
+ending of the results' files.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks.record import alternate, arguments, keep, machine
+from benchmarks.record import alternate, arguments, keep, machine, of_machine
 
 CORPUS = (1_000, 3_000, 10_000, 30_000, 100_000)
 LENGTHS = (128, 256, 512, 1_024, 2_048)
@@ -42,7 +43,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     rows += _steps(options.rounds)
     keep("growth", rows, before)
-    Path("docs/growth.svg").write_text(_figure(rows), encoding="utf-8")
+    Path("docs", f"{of_machine('growth', before)}.svg").write_text(_figure(rows), encoding="utf-8")
 
 
 def _corpus(prompts: int) -> dict[str, Any]:
