@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from softguard import frozen
 from softguard.adapters import DIRECTION, Adapter, peft_config
+from softguard.errors import SoftguardError
 from softguard.models import BaseModel
 
 
@@ -19,7 +20,7 @@ def adapted(base: BaseModel, adapter: Adapter | None) -> BaseModel:
     """The base with the adapter in its layers; the base itself where nothing in them changes.
 
     The copy's modules are new, its weights are the base's own, so that both run side by side. Gradients reach the adapter's
-    tensors where these are parameters that want them.
+    tensors where these are parameters that want them. Raises SoftguardError for a LoRA that PEFT does not put there.
     """
     if adapter is None or adapter.kind not in ("lora", "steering"):
         return base
@@ -44,7 +45,13 @@ def _inject_lora(model: nn.Module, adapter: Adapter, base: BaseModel) -> None:
     wrapped = get_peft_model(model, peft_config(adapter, base))
     for name, tensor in adapter.tensors.items():
         path, factor = name.removesuffix(".weight").rsplit(".", 1)  # …q_proj and lora_A or lora_B
-        getattr(wrapped.get_submodule(path), factor)["default"].weight = _parameter(tensor)
+        layer = wrapped.get_submodule(path)
+        if not hasattr(layer, factor):  # of some mixtures of experts it changes the fused experts instead
+            raise SoftguardError(
+                f"PEFT does not put a LoRA into {path.removeprefix('base_model.model.')} of {base.name!r}; lower "
+                "distil.budget, so that it is of attention alone, or choose another distil.adapter"
+            )
+        getattr(layer, factor)["default"].weight = _parameter(tensor)
 
 
 def _steer(model: Any, adapter: Adapter) -> None:

@@ -54,6 +54,12 @@ def _ask_for_large_pages() -> None:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+def _path(text: str) -> Path:
+    if not text.strip():  # as of a shell's variable that is not set; it would be the current folder
+        raise argparse.ArgumentTypeError("is empty; name a file or a folder")
+    return Path(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="softguard",
@@ -64,30 +70,30 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True)
 
     teach = _command(commands, "teach", _teach, "prompts to corpus: draw responses from the base and score them with the guard")
-    teach.add_argument("--out", type=Path, required=True, help="folder of the corpus")
+    teach.add_argument("--out", type=_path, required=True, help="folder of the corpus")
 
     distil = _command(commands, "distil", _distil, "corpus to adapter: train it")
-    distil.add_argument("--corpus", type=Path, required=True, help="folder that `teach` made")
-    distil.add_argument("--out", type=Path, required=True, help="folder of the adapter; holds the checkpoint while it trains")
+    distil.add_argument("--corpus", type=_path, required=True, help="folder that `teach` made")
+    distil.add_argument("--out", type=_path, required=True, help="folder of the adapter; holds the checkpoint while it trains")
     distil.add_argument("--track", metavar="NAME", help="also log to tensorboard, wandb, trackio, …, if installed")
 
     evaluate = _command(commands, "evaluate", _evaluate, "measure base, safe system and, given an adapter, base + adapter")
-    evaluate.add_argument("--adapter", type=Path, help="folder that `distil` made")
-    evaluate.add_argument("--out", type=Path, required=True, help="folder of results.json and the answers")
+    evaluate.add_argument("--adapter", type=_path, help="folder that `distil` made")
+    evaluate.add_argument("--out", type=_path, required=True, help="folder of results.json and the answers")
 
     study = _command(commands, "study", _study, "run a grid of cells, or make figures and tables of those that are done", _GRID)
-    study.add_argument("--out", type=Path, required=True, help="folder of the study; of the same folder a killed run goes on")
+    study.add_argument("--out", type=_path, required=True, help="folder of the study; of the same folder a killed run goes on")
     study.add_argument("--workers", type=int, default=1, help="processes of this machine that take cells (default 1)")
     study.add_argument("--ray-address", metavar="ADDRESS", help="Ray cluster that takes cells: HOST:PORT, auto or local")
-    study.add_argument("--report", type=Path, metavar="FOLDER", help="run nothing; write figures and tables to this folder")
-    study.add_argument("--page", type=Path, help="the page about them (default FOLDER/study.md)")
+    study.add_argument("--report", type=_path, metavar="FOLDER", help="run nothing; write figures and tables to this folder")
+    study.add_argument("--page", type=_path, help="the page about them (default FOLDER/study.md)")
     also = "cells.parquet of a run elsewhere, to join in the report"
-    study.add_argument("--also", type=Path, action="append", default=[], metavar="TABLE", help=also)
+    study.add_argument("--also", type=_path, action="append", default=[], metavar="TABLE", help=also)
 
     chat = _command(commands, "chat", _chat, "talk to the base with the adapter; an empty line ends the conversation")
     chat.add_argument(
         "--adapter",
-        type=Path,
+        type=_path,
         help="folder that `distil` made, or none for the base alone; left out: the one packaged for this model, if any",
     )
     chat.add_argument("--compare", action="store_true", help="show the base's answer before the adapter's")
@@ -98,14 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     guards = guard.add_subparsers(metavar="action", required=True)
     fit = _command(guards, "fit", _guard_fit, "train a guard of the bundled kind on labelled JSONL", _FIT)
-    fit.add_argument("data", type=Path, nargs="+", help="JSONL files")
-    fit.add_argument("--out", type=Path, required=True, help="folder of the guard")
+    fit.add_argument("data", type=_path, nargs="+", help="JSONL files")
+    fit.add_argument("--out", type=_path, required=True, help="folder of the guard")
     score = _command(guards, "score", _guard_score, "write p(safe) of every row of a file, by the guard of the recipe")
-    score.add_argument("data", type=Path, help="JSONL with `prompt` and, for the response question, `response`")
-    score.add_argument("--out", type=Path, required=True, help="JSONL to write")
+    score.add_argument("data", type=_path, help="JSONL with `prompt` and, for the response question, `response`")
+    score.add_argument("--out", type=_path, required=True, help="JSONL to write")
 
     demo = _command(commands, "demo", _demo, "the whole way on the installed demo model, with a report")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything it makes (default runs/demo)")
+    demo.add_argument("--out", type=_path, default=Path("runs/demo"), help="folder of everything it makes (default runs/demo)")
     return parser
 
 
@@ -128,9 +134,9 @@ def _command(
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}")
     if name == "study":
-        command.add_argument("recipe", type=Path, help="YAML recipe with a section `study`")
+        command.add_argument("recipe", type=_path, help="YAML recipe with a section `study`")
     else:
-        command.add_argument("--recipe", type=Path, help="YAML recipe; defaults are used for what it leaves out")
+        command.add_argument("--recipe", type=_path, help="YAML recipe; defaults are used for what it leaves out")
     command.add_argument(
         "--set",
         action="append",

@@ -1,14 +1,17 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import Dots1Config, Dots1ForCausalLM
 
 from softguard.adapted import adapted
 from softguard.adapters import Adapter, Kind
 from softguard.chat import Chat
 from softguard.config import DistilConfig
 from softguard.engine import Engine
+from softguard.errors import SoftguardError
 from softguard.initial import initial_adapter
 from softguard.models import BaseModel
 from softguard.packed import packed_hidden
@@ -88,6 +91,19 @@ def test_packed_passes_give_the_gradients_of_whole_rows(kind: Kind, small: BaseM
     ):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_lora_where_peft_changes_fused_experts_is_refused(small: BaseModel) -> None:
+    config = Dots1Config(
+        vocab_size=small.model.config.vocab_size, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, n_routed_experts=4, n_shared_experts=1,
+        num_experts_per_tok=2, first_k_dense_replace=1,
+    )  # fmt: skip
+    dots = replace(small, name="dots", model=Dots1ForCausalLM(config).eval().requires_grad_(False))
+    attention, all_layers = (initial_adapter(dots, DistilConfig(adapter="lora", budget=n), [], []) for n in (600, 20_000))
+    adapted(dots, attention)
+    with pytest.raises(SoftguardError, match=r"PEFT does not put a LoRA into .*_proj of 'dots'; lower distil\.budget"):
+        adapted(dots, all_layers)
 
 
 @pytest.mark.parametrize("kind", INSIDE)

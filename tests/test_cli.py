@@ -53,6 +53,21 @@ def test_help_names_every_command_and_is_quick() -> None:
     assert seconds < 3  # a loose bound for loaded machines; importing torch alone takes longer
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("teach", "--out", ""),
+        ("study", "grid.yaml", "--out", " "),
+        ("chat", "--adapter", ""),
+        ("guard", "score", "", "--out", "x"),
+    ],
+)
+def test_a_path_that_is_empty_is_not_the_current_folder(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "is empty; name a file or a folder" in capsys.readouterr().err
+
+
 def test_help_and_import_do_not_load_torch() -> None:
     code = "import sys, softguard.cli; softguard.cli._parser(); print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
