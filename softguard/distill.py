@@ -131,7 +131,8 @@ def _check_lengths(recipe: Recipe, corpus: Corpus, base: BaseModel) -> None:
     """Raises SoftguardError if the adapter leaves a prompt of the corpus too little room for what is learned of it."""
     engine = _engine_at_start(recipe, base) or Engine(base)
     refusals = [len(engine.chat.encode_response(text)) for text in corpus.manifest["refusals"]]
-    before, longest, new = engine.prefix.length, corpus.manifest["longest"], max(recipe.teach.max_new_tokens, *refusals)
+    drawn = [recipe.teach.max_new_tokens] if recipe.distil.objective in ON_POLICY else []  # of the student's own answers
+    before, longest, new = engine.prefix.length, corpus.manifest["longest"], max(refusals + drawn)
     if before + longest + new > base.context:
         raise SoftguardError(
             f"the longest prompt of corpus {corpus.folder} has {longest} tokens; with {before} of prefix and {new} new ones it "

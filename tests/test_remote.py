@@ -412,11 +412,14 @@ def test_a_label_that_is_not_the_likeliest_is_none(text: str, p_safe: float) -> 
         read_label(choice)
     split = tokens({"unsafe": 0.4, "safe": 0.3, " Safe": 0.2})  # by its spellings together the other is likelier
     assert read_label(split) == pytest.approx(5 / 9)
+    tie = tokens({"safe": 0.5, "unsafe": 0.5})
+    for said in ("safe", "unsafe"):  # a server may say either, whichever it lists first
+        assert read_label({**tie, "message": {"content": said}}) == pytest.approx(0.5)
 
 
 def test_probabilities_of_more_than_one_are_none() -> None:
-    for choice in (tokens({"safe": 1.5}), tokens({"safe": 0.9, "unsafe": 0.2})):
-        with pytest.raises(ValueError, match=r"safe and unsafe have 1\.[15] of the first token's probability"):
+    for choice in (tokens({"safe": 1.5}), tokens({"safe": 0.9, "unsafe": 0.4})):
+        with pytest.raises(ValueError, match=r"safe and unsafe have 1\.[35] of the first token's probability"):
             read_label(choice)
 
 

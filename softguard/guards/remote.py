@@ -29,7 +29,8 @@ Kind = Literal["chat", "moderation"]
 _TEXTS = 32  # of one moderation request
 _TOP = 20  # likeliest first tokens asked for
 _LABELLED = 0.5  # of the first token's probability, the least that labels must have between them
-_MOST = 1 + 1e-3  # that they can have, rounded
+_MOST = 1.1  # and the most, since servers round in half precision
+_TIE = 0.1  # of log-probabilities that are rounded so, either may be the likeliest
 _SAFE = re.compile(r"\W*safe(?![\w/-])")  # not safety or safe/unsafe
 _BARE = re.compile(r"\W*safe(?:</s>|<\|\w+\|>|[^\w\n])*(?:\n|$)")  # control tokens are no words
 _DENIED = re.compile(r"\W*safe\W+(no|not|false|un\w*)\b|.*\b(not|never|isn't) safe\b|.*unsafe", re.DOTALL)  # "Safe? No."
@@ -192,7 +193,12 @@ def read_label(choice: dict[str, Any]) -> float:
                 raise ValueError(
                     f"safe and unsafe have {total:.3g} of the first token's probability, which is {token['token']!r}"
                 )
-            if _label_of(max(likeliest, key=lambda one: one["logprob"])["token"]) == ("safe" if unsafe else "unsafe"):
+            best = dict.fromkeys(weights, -math.inf)
+            for one in likeliest:
+                if label := _label_of(one["token"]):
+                    best[label] = max(best[label], one["logprob"])
+            mine, other = ("unsafe", "safe") if unsafe else ("safe", "unsafe")
+            if best[other] > best[mine] + _TIE:
                 raise ValueError(f"the answer {said[:40]!r} does not begin with its likeliest first token")
             return weights["safe"] / total
     if not unsafe and not _BARE.match(said):
