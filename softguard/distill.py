@@ -81,9 +81,10 @@ def distil(
     return Adapter.load(out, base)
 
 
-def check_distil(recipe: Recipe, out: Path, base: BaseModel) -> None:
-    """What can be told before there is a corpus.
+def check_distil(recipe: Recipe, out: Path, base: BaseModel) -> Engine:
+    """What can be told before there is a corpus; returns the model with the adapter before its first step.
 
+    That of a steering vector, which starts from the corpus, is the model alone.
     Raises SoftguardError as `check_objective` does, for an adapter that the model cannot start or run, or a folder that cannot
     be written.
     """
@@ -92,7 +93,10 @@ def check_distil(recipe: Recipe, out: Path, base: BaseModel) -> None:
     wanted = recipe.distil
     if wanted.n_soft >= base.context and wanted.adapter in ("soft_prompt", "kv_prefix", "gate"):
         raise SoftguardError(f"distil.n_soft is {wanted.n_soft}; {base.name!r} reads {base.context} tokens in all, lower it")
-    _engine_at_start(recipe, base)
+    if wanted.adapter == "steering":
+        return Engine(base)
+    facts = {"refusal": recipe.system.refusal, "members": wanted.members}  # which a gate needs
+    return Engine(base, replace(initial_adapter(base, wanted, [], []), facts=facts))
 
 
 def check_objective(recipe: Recipe) -> None:
@@ -111,9 +115,9 @@ def check_run(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> Non
     Raises SoftguardError as `check_distil` does, for a corpus that lacks the responses the adapter learns from, or if `out`
     holds a run of other settings.
     """
-    check_distil(recipe, out, base)
+    engine = check_distil(recipe, out, base)
     recipe.system.check_taught(corpus.manifest["system"], f"corpus {corpus.folder}")
-    _check_lengths(recipe, corpus, base)
+    _check_lengths(recipe, corpus, engine)
     adapter = recipe.distil.adapter
     if recipe.distil.taken_steps and adapter != "gate" and not corpus.examples("train", [0])[0].responses[0].ids:
         raise SoftguardError(
@@ -127,26 +131,16 @@ def check_run(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> Non
             )
 
 
-def _check_lengths(recipe: Recipe, corpus: Corpus, base: BaseModel) -> None:
+def _check_lengths(recipe: Recipe, corpus: Corpus, engine: Engine) -> None:
     """Raises SoftguardError if the adapter leaves a prompt of the corpus too little room for what is learned of it."""
-    engine = _engine_at_start(recipe, base) or Engine(base)
     refusals = [len(engine.chat.encode_response(text)) for text in corpus.manifest["refusals"]]
     drawn = [recipe.teach.max_new_tokens] if recipe.distil.objective in ON_POLICY else []  # of the student's own answers
     before, longest, new = engine.prefix.length, corpus.manifest["longest"], max(refusals + drawn)
-    if before + longest + new > base.context:
+    if before + longest + new > engine.base.context:
         raise SoftguardError(
             f"the longest prompt of corpus {corpus.folder} has {longest} tokens; with {before} of prefix and {new} new ones it "
-            f"exceeds the model's context of {base.context}; take a shorter adapter, or teach without that prompt"
+            f"exceeds the model's context of {engine.base.context}; take a shorter adapter, or teach without that prompt"
         )
-
-
-def _engine_at_start(recipe: Recipe, base: BaseModel) -> Engine | None:
-    """The model with the adapter before its first step; none for a steering vector, which starts from the corpus."""
-    wanted = recipe.distil
-    if wanted.adapter == "steering":
-        return None
-    facts = {"refusal": recipe.system.refusal, "members": wanted.members}  # which a gate needs
-    return Engine(base, replace(initial_adapter(base, wanted, [], []), facts=facts))
 
 
 def time_step(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> float:

@@ -14,7 +14,7 @@ from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.config import Recipe, load_recipe
 from softguard.corpus import Corpus, Draw, Example, teach
-from softguard.distill import Step, _batches, _Trainer, check_distil, distil, time_step
+from softguard.distill import Step, _batches, _Trainer, check_distil, check_run, distil, time_step
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel, load_base
@@ -451,6 +451,13 @@ def test_an_adapter_that_leaves_prompts_no_room_is_refused(
 ) -> None:
     with pytest.raises(SoftguardError, match=r"the longest prompt of corpus .* exceeds the model's context of 512"):
         distil(recipe(prompts, *changes), corpus, tmp_path / "out", small)
+
+
+def test_only_answers_drawn_while_training_need_room(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
+    long = ["teach.max_new_tokens=480", "distil.n_soft=4"]
+    check_run(recipe(prompts, *long), corpus, tmp_path / "out", small)
+    with pytest.raises(SoftguardError, match="480 new ones it exceeds the model's context of 512"):
+        check_run(recipe(prompts, *long, "distil.objective=reinforce"), corpus, tmp_path / "out", small)
 
 
 def test_states_of_another_precision_are_not_taken(prompts: Path, small: BaseModel, tmp_path: Path) -> None:
