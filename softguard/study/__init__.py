@@ -11,7 +11,7 @@ from pathlib import Path
 
 from softguard.errors import SoftguardError
 from softguard.files import check_folder
-from softguard.study.cells import attempt, finish, ground_of, is_finished, is_tried, prepare, unseal
+from softguard.study.cells import attempt, finish, ground_of, is_finished, is_tried, prepare
 from softguard.study.grid import Arm, Cell, Grid, load_grid
 from softguard.study.table import NAME, read_table, write_table
 from softguard.study.workers import Task, open_workers, run_tasks
@@ -35,8 +35,6 @@ def run_study(
     """
     out = out.resolve()
     check_folder(out)
-    for cell in (cell for arm in grid.arms for cells in arm.cells for cell in cells):
-        unseal(out / cell.place)
     tasks = study_tasks(grid, out)
     failed: list[str] = []
     done, dropped, begin = 0, 0, time.perf_counter()

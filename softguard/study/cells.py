@@ -111,7 +111,7 @@ def finish(ground: Ground, arm: Arm, number: int, out: Path) -> None:
     folder = out / cell.place
     with locked(folder / ".lock"):
         _train(ground, cell, folder)
-        if _is_measured(ground, folder):
+        if _is_measured(ground.measuring, folder):
             return
         base, system = _loaded(ground.recipe.model), _system(ground.recipe.system)
         adapter = Adapter.load(folder, base)
@@ -170,24 +170,15 @@ def is_finished(ground: Ground, arm: Arm, number: int, out: Path) -> bool:
     except SoftguardError:  # all its rates were too large
         return False
     folder = out / cell.place
-    return is_trained(cell, folder) and _is_measured(ground, folder)
+    return is_trained(cell, folder) and _is_measured(ground.measuring, folder)
 
 
-def unseal(folder: Path) -> None:
-    """Strike from a cell's seal that it was measured if its figures are lost or damaged, so that no table looks for them."""
-    if _lacks_figures(folder):
-        with locked(folder / ".lock"):
-            if _lacks_figures(folder):  # nobody has measured it meanwhile
-                write_json(folder / "cell.json", {**_read(folder / "cell.json"), "evaluation": None})
-
-
-def is_like_base(ground: Ground, seal: dict[str, Any]) -> bool:
-    """Whether the cell of a seal was measured by the ground's recipe, and as the base's own answers were.
+def is_like_base(ground: Ground, folder: Path) -> bool:
+    """Whether the cell in `folder` was measured by the ground's recipe, and as the base's own answers were.
 
     Neither prompts nor judges are loaded for it.
     """
-    asked = {**_base_measured(ground), "evaluation": evaluation_of(ground.recipe)}
-    return all(seal.get(key) == value for key, value in asked.items())
+    return _is_measured({**_base_measured(ground), "evaluation": evaluation_of(ground.recipe)}, folder)
 
 
 def _base_measured(ground: Ground) -> dict[str, str | None]:
@@ -200,20 +191,16 @@ def evaluation_of(recipe: Recipe) -> str:
     return fingerprint(recipe.model, recipe.system, recipe.evaluate, recipe.seed)
 
 
-def _is_measured(ground: Ground, folder: Path) -> bool:
+def _is_measured(asked: dict[str, str | None], folder: Path) -> bool:
+    """Whether a cell's seal says that it was measured so, and what was found can be read."""
     seal = _read(folder / "cell.json")
-    return all(seal.get(key) == value for key, value in ground.measuring.items()) and not _lacks_figures(folder)
-
-
-def _lacks_figures(folder: Path) -> bool:
-    """Whether the seal says that the cell was measured, but what was found cannot be read."""
-    if _read(folder / "cell.json").get("evaluation") is None:
+    if any(seal.get(key) != value for key, value in asked.items()):
         return False
     try:
         read_results(folder / "results.json")
     except SoftguardError:
-        return True
-    return "outcomes" not in _read(folder / "outcomes.json")
+        return False
+    return "outcomes" in _read(folder / "outcomes.json")
 
 
 def _read(path: Path) -> dict[str, Any]:

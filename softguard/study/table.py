@@ -173,7 +173,7 @@ def _row(cell: Cell, folder: Path, ground: Ground | None) -> dict[str, Any]:
         "settings": adapter["settings"], "steps": adapter["steps"], "validation_loss": adapter.get("validation_loss"),
         "train_seconds": seal["train_seconds"], "log": _log(folder / "log.jsonl"),
     }  # fmt: skip
-    if ground is None or not is_like_base(ground, seal):
+    if ground is None or not is_like_base(ground, folder):
         return row
     results = read_results(folder / "results.json")
     outcomes = {(o["system"], o["suite"], o["metric"]): o for o in read_json(folder / "outcomes.json", "results")["outcomes"]}
