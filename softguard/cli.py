@@ -247,8 +247,7 @@ def _study(options: argparse.Namespace) -> None:
             raise SoftguardError(f"--{name} belongs to a report; give --report FOLDER too")
     grid = load_grid(options.recipe, options.overrides)
     if options.report:
-        from softguard.report.study import write_study
-        from softguard.study.plan import report_plan
+        from softguard.report.study import report_plan, write_study
 
         tables, page = [options.out / NAME, *options.also], options.page or options.report / "study.md"
         if options.dry_run:

@@ -56,13 +56,16 @@ def _hold(handle: IO[bytes], beside: Path, path: Path) -> None:
         raise SoftguardError(f"{path} is being written by another process; let that one end, or choose another folder")
 
 
-def check_folder(folder: Path) -> None:
-    """Raises SoftguardError unless `folder` can be written, or made where it is missing. Nothing is made."""
+def check_folder(folder: Path, option: str = "--out") -> None:
+    """Raises SoftguardError unless `folder`, of a command's `option`, can be written, or made where it is missing.
+
+    Nothing is made.
+    """
     there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not there.is_dir():
-        raise SoftguardError(f"{there} is not a folder, so that nothing can be written to it; choose another --out")
+        raise SoftguardError(f"{there} is not a folder, so that nothing can be written to it; choose another {option}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise SoftguardError(f"{there} cannot be written; choose another --out")
+        raise SoftguardError(f"{there} cannot be written; choose another {option}")
 
 
 def write_text(path: Path, text: str) -> None:

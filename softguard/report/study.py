@@ -5,12 +5,13 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from softguard.errors import SoftguardError
-from softguard.files import write_json, write_text
+from softguard.files import check_file, check_folder, write_json, write_text
 from softguard.report.exhibits import EXHIBITS, SOURCE, Exhibit, Line, Row, by_method, lines_of, named, runs_of, with_methods
 from softguard.report.summary import Figure, figures, summary, table
 from softguard.report.svg import Curve, Dot, Point, curves, dots, plane
@@ -81,6 +82,22 @@ def write_study(tables: Sequence[Path], suites: Sequence[str], folder: Path, pag
         ]
     text += [*_rates(rows), *_costs(measured)]
     write_text(page, "\n".join(text).rstrip() + "\n")
+
+
+def report_plan(tables: Sequence[Path], suites: Sequence[str], folder: Path, page: Path) -> str:
+    """What `write_study` would write; it is written elsewhere, and dropped.
+
+    Raises SoftguardError as `write_study` does, or for paths that cannot be written.
+    """
+    beside = folder.resolve().with_name(f"{folder.resolve().name}.json")
+    check_folder(folder, "--report")
+    check_folder(beside.parent, "--report")
+    check_folder(page.parent, "--page")
+    check_file(beside)
+    check_file(page)
+    with TemporaryDirectory() as name:
+        write_study(tables, suites, Path(name) / "report", Path(name) / "page.md")
+    return f"study: would write figures and tables of {', '.join(map(str, tables))} to {folder} and {page}"
 
 
 def _head(rows: Sequence[Row], suites: Sequence[str], name: str, where: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,11 +12,10 @@ from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.estimate import minutes, pace_of, teach_seconds
 from softguard.evaluation import check_evaluation
-from softguard.files import check_file, check_folder
+from softguard.files import check_folder
 from softguard.judges import load_judges
 from softguard.models import DEMO_MODEL, base_of
 from softguard.prompts import read_prompts, thin
-from softguard.report.study import write_study
 from softguard.study.cells import Ground, ground_of, is_finished
 from softguard.study.grid import Arm, Grid
 from softguard.study.workers import load_ray
@@ -64,29 +62,6 @@ def study_plan(grid: Grid, out: Path, workers: int, ray_address: str | None = No
     if total:
         lines[-1] += f"; about {minutes(total / workers)} with {workers} worker{'s'[: workers > 1]}, nothing done"
     return "\n".join(lines)
-
-
-def report_plan(tables: Sequence[Path], suites: Sequence[str], folder: Path, page: Path) -> str:
-    """What `write_study` would write; it is written elsewhere, and dropped.
-
-    Raises SoftguardError as `write_study` does, or for paths that cannot be written.
-    """
-    beside = folder.resolve().with_name(f"{folder.resolve().name}.json")
-    _check_place(folder, "--report")
-    _check_place(beside.parent, "--report")
-    _check_place(page.parent, "--page")
-    check_file(beside)
-    check_file(page)
-    with TemporaryDirectory() as name:
-        write_study(tables, suites, Path(name) / "report", Path(name) / "page.md")
-    return f"study: would write figures and tables of {', '.join(map(str, tables))} to {folder} and {page}"
-
-
-def _check_place(folder: Path, option: str) -> None:
-    try:
-        check_folder(folder)
-    except SoftguardError as error:  # it names the option of most commands
-        raise SoftguardError(f"{str(error).removesuffix('--out')}{option}") from error
 
 
 def _is_of_hub(model: str) -> bool:
