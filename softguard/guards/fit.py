@@ -312,7 +312,8 @@ def fit_guard(
     Raises SoftguardError as `check_fit` does, before anything is fitted, and DivergedError as `fit` does.
     """
     settings = settings or GuardConfig()
-    dealt = check_fit(paths, out, settings)
+    check_folder(Path(out))
+    dealt = _dealt(paths)
     guard = fit(dealt.training, dealt.validation, settings, name, told, seed)
     guard.card["training"] = dealt.sources
     guard.card["limits"] = ["figures are from one tenth of the same files; texts of another kind may do worse"]
@@ -330,6 +331,13 @@ def check_fit(paths: Sequence[Path | str], out: Path | str, settings: GuardConfi
     written.
     """
     check_folder(Path(out))
+    dealt = _dealt(paths)
+    _check_rows(dealt.training, dealt.validation)
+    _check_rank(settings.rank, linear_layers(load_encoder(find_encoder()[0], "eager")))
+    return dealt
+
+
+def _dealt(paths: Sequence[Path | str]) -> Dealt:
     dealt = Dealt([], [], [], [])
     for path in paths:
         rows = read_rows(path)
@@ -338,8 +346,6 @@ def check_fit(paths: Sequence[Path | str], out: Path | str, settings: GuardConfi
             tenth = int(sha256(row.prompt.strip().lower().encode())[:8], 16) % 10
             part = dealt.validation if tenth == 0 else dealt.held_out if tenth == 1 else dealt.training
             part.append(row)
-    _check_rows(dealt.training, dealt.validation)
-    _check_rank(settings.rank, linear_layers(load_encoder(find_encoder()[0], "eager")))
     return dealt
 
 
