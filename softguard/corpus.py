@@ -348,7 +348,8 @@ def _draw_split(
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _draw(recipe: Recipe, shard: list[Prompt], engine: Engine, system: SafeSystem, progress: Callable[[int], None]) -> pa.Table:

@@ -246,7 +246,8 @@ def test_letters_in_other_dress_are_read_as_plain_ones(bundled: EncoderGuard) ->
         dressed = ["".join(chr(first + ord(c) - 97) if "a" <= c <= "z" else c for c in text.lower()) for text in plain]
         assert dressed != plain
         np.testing.assert_allclose(bundled.prompt_safety(dressed), bundled.prompt_safety(plain), atol=1e-6)
-    assert bundled.prompt_safety(["nº 5, ½ m², Windows™"]) == bundled.prompt_safety(["nº 5, ½ m², Windows™ "])
+    (ids,), _ = bundled._tokenizer.read(["nº 5, ½ m², Windows™"])  # signs that are letters, too, are as they were
+    assert ids == bundled._tokenizer._tokenizer.encode("nº 5, ½ m², Windows™", add_special_tokens=False)
 
 
 def test_special_tokens_in_a_text_are_only_text(bundled: EncoderGuard) -> None:
