@@ -94,7 +94,8 @@ def _times(engines: Mapping[str, Engine], system: SafeSystem) -> dict[str, tuple
 def flops_per_token(base: BaseModel, system: SafeSystem, adapter: Adapter | None, context: int) -> dict[str, float]:
     """Floating-point operations of decoding one token behind `context` others, by system.
 
-    Two a weight that multiplies, and attention's 4 · heads · width a layer and position seen (Kaplan et al., 2020, table 1).
+    Two a weight that multiplies, and two a number of every head's key and value, by layer and position seen (Kaplan et al.,
+    2020, table 1), kept or not.
     The guard counts two a parameter, as if it read every token once. An adapter counts the positions it takes; what can be
     merged into the weights, as a LoRA or a steering vector can, adds nothing.
     """
@@ -102,7 +103,8 @@ def flops_per_token(base: BaseModel, system: SafeSystem, adapter: Adapter | None
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         weights -= model.get_input_embeddings().weight.numel()  # looked up, not multiplied
-    position = 4 * config.num_hidden_layers * config.num_attention_heads * base.key_heads[1]
+    widths = [getattr(config, name, base.key_heads[1]) for name in ("qk_head_dim", "v_head_dim")]  # latent attention has both
+    position = 2 * config.num_hidden_layers * config.num_attention_heads * sum(widths)
     alone = float(2 * weights + position * context)
     flops = {"base": alone, "safe_system": alone + 2 * getattr(system.guard, "parameters", 0)}
     if adapter is not None:

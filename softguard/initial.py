@@ -44,7 +44,7 @@ def initial_vectors(base: BaseModel, kind: Kind, text: str, n_soft: int) -> Tens
     A soft prompt gets its embeddings, repeated if there are fewer than n_soft, averaged over neighbours if there are more. A
     key/value prefix or a gate gets the keys and values the model makes of its first n_soft tokens, repeated likewise. Text,
     never noise: rows off the embedding manifold cost safety before training begins.
-    Raises SoftguardError if the text has no tokens.
+    Raises SoftguardError if the text has no tokens, or for keys and values of a model whose are of two shapes.
     """
     ids = base.tokenizer.encode(text, add_special_tokens=False)
     if not ids:
@@ -52,6 +52,11 @@ def initial_vectors(base: BaseModel, kind: Kind, text: str, n_soft: int) -> Tens
     if kind in ("kv_prefix", "gate"):
         ids = (ids * -(-n_soft // len(ids)))[:n_soft]
         cache = base.model(torch.tensor([ids], device=base.device), use_cache=True).past_key_values
+        if {x.shape[1::2] for layer in cache.layers for x in (layer.keys, layer.values)} != {base.key_heads}:
+            raise SoftguardError(
+                f"model {base.name!r} has keys and values of two shapes, where a {kind}'s are of one; use distil.adapter="
+                "soft_prompt"
+            )
         pairs = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
         if kind == "gate":
             pairs = pairs.float()

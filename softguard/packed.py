@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softguard import frozen
 from softguard.adapted import changed_inside
@@ -118,8 +118,10 @@ def _attention(
         raise SoftguardError(f"this model's attention has a window of {window} tokens, shorter than a row; use shorter prompts")
     keys, values = (None, None) if before is None else before[module.layer_idx]
     cap = other.get("softcap") or 0.0
+    width = value.shape[-1]
+    value = nn.functional.pad(value, (0, key.shape[-1] - width))  # latent attention's values are narrower than its keys
     mixed = _Attention.apply(query[0], key[0], value[0], keys, values, scaling, layout, cap)  # type: ignore[no-untyped-call]
-    return mixed[None], None
+    return mixed[None, ..., :width], None
 
 
 class _Attention(torch.autograd.Function):

@@ -14,8 +14,7 @@ def check_supported(name: str, model: Any, head: Any) -> None:
     """Raises SoftguardError unless the model is a decoder of attention layers whose logits are those of its `head`.
 
     Rows that share a prefix, or stand in one flat sequence, would run into each other in the state of a recurrent or a
-    convolution layer; an adapter's keys and values are of one shape in all layers, and its soft prompts no token's embeddings;
-    laws are made at the head, apart from the model's own code.
+    convolution layer; soft prompts are no token's embeddings; laws are made at the head, apart from the model's own code.
     """
     from transformers import DynamicCache
 
@@ -39,8 +38,8 @@ def check_supported(name: str, model: Any, head: Any) -> None:
     kept = [x for x in named if isinstance(x, torch.Tensor)]
     if len(kept) < 2 * len(decoder.layers):
         raise SoftguardError(f"{make} has layers without keys and values of their own; use another model")
-    if len({x.shape[1::2] for x in kept}) > 1:  # heads and their width
-        raise SoftguardError(f"{make} has keys and values of several shapes; use another model")
+    if len({(layer.keys.shape[1::2], layer.values.shape[1::2]) for layer in cache.layers}) > 1:  # heads and their width
+        raise SoftguardError(f"{make} has layers whose keys and values are of several shapes; use another model")
     own, ours = model(input_ids=ids).logits[0].float(), head.logits(hidden).float()
     if not torch.allclose(ours, own, atol=0.05 * float(own.abs().max())):
         raise SoftguardError(f"{make} makes its logits in another way than is known here; use another model")

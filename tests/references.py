@@ -1,6 +1,10 @@
-"""What the tests compare with: transformers' own passes over whole rows, and random adapters."""
+"""What the tests compare with: transformers' own passes over whole rows, random adapters, and models of other makes."""
+
+from dataclasses import replace
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -11,6 +15,23 @@ from softguard.models import BaseModel
 from softguard.prefix import ConstantPrefix
 
 KINDS = [("soft_prompt", "start"), ("soft_prompt", "system"), ("kv_prefix", "start")]
+SMALL = {
+    "vocab_size": 49152, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 2,
+}  # fmt: skip
+LATENT = {
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+def made(base: BaseModel, make: str, config: str = "", **settings: Any) -> BaseModel:
+    """A small random model of another make, with the tokenizer of `base`."""
+    torch.manual_seed(0)
+    kind = getattr(transformers, config or f"{make}Config")
+    model = getattr(transformers, f"{make}ForCausalLM")(kind(**{**SMALL, **settings})).eval().requires_grad_(False)
+    return replace(base, name=make, model=model)
 
 
 def random_adapter(base: BaseModel, kind: Kind, slot: Slot = "start", n_soft: int = 4, seed: int = 0) -> Adapter:

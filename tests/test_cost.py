@@ -4,9 +4,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
 from softguard import cost
 from softguard.config import SystemConfig
@@ -14,6 +17,7 @@ from softguard.cost import _PROMPT, _TOKENS, flops_per_token, measure_cost
 from softguard.engine import Engine
 from softguard.models import BaseModel
 from softguard.system import SafeSystem
+from tests.references import LATENT, made
 
 
 class Listening:
@@ -53,3 +57,30 @@ def test_a_response_guard_is_waited_for_with_the_whole_answer(
 def test_a_guard_costs_two_operations_a_parameter(small: BaseModel) -> None:
     flops = flops_per_token(small, SafeSystem(Listening(), SystemConfig()), None, 512)
     assert flops["safe_system"] == flops["base"] + 2000
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "anew"),
+    [
+        ("Llama", {}, 0),
+        ("Qwen3", {"head_dim": 16}, 0),
+        ("Youtu", LATENT, 2 * 16 * 4 * (8 + 8)),
+    ],  # heads' keys, values of rank 16
+)
+def test_operations_behind_more_tokens_are_those_counted_of_the_products(
+    make: str, settings: dict[str, Any], anew: int, small: BaseModel
+) -> None:
+    """`anew`: by layer and position, of keys and values that the make's code has not kept."""
+    base, guard = made(small, make, **settings), SafeSystem(Listening(), SystemConfig())
+    base.model.set_attn_implementation("eager")
+
+    def counted(context: int) -> int:
+        cache = DynamicCache(config=base.model.config)
+        with torch.no_grad():
+            base.model(torch.zeros(1, context, dtype=torch.long), past_key_values=cache)
+            with FlopCounterMode(display=False) as counter:
+                base.model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+        return int(counter.get_total_flops())
+
+    found = [flops_per_token(base, guard, None, context)["base"] for context in (20, 50)]
+    assert found[1] - found[0] == counted(50) - counted(20) - 2 * 30 * anew > 0

@@ -1,6 +1,5 @@
 """Models of other makes: what is refused, and that what is not is computed as transformers has it."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import transformers
 
 from softguard.adapted import adapted, decoder_layers
-from softguard.adapters import DIRECTION, VECTORS, Adapter
+from softguard.adapters import DIRECTION, VECTORS, Adapter, Kind
 from softguard.chat import Chat
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
@@ -18,21 +17,17 @@ from softguard.models import BaseModel
 from softguard.packed import packed_hidden
 from softguard.prefix import ConstantPrefix
 from softguard.supported import check_supported
+from tests.references import LATENT, made
 
-SMALL = {
-    "vocab_size": 49152, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 2,
-}  # fmt: skip
 GEMMA3 = {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 48}
-LATENT = {
-    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "num_key_value_heads": 4,
-}  # fmt: skip
 GEMMA4 = {
     "config": "Gemma4TextConfig", "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0,
     "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
+TWO_SHAPES: list[tuple[str, dict[str, Any]]] = [  # one of keys, one of values
+    ("Youtu", LATENT),
+    ("DeepseekV2", {**LATENT, "first_k_dense_replace": 2, "n_routed_experts": 2}),
+]
 GEMMA3N = {
     "config": "Gemma3nTextConfig", "head_dim": 8, "vocab_size_per_layer_input": 49152, "hidden_size_per_layer_input": 8,
     "laurel_rank": 4, "intermediate_size": 48, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
@@ -41,13 +36,6 @@ GEMMA3N = {
 OF_TOKENS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 49152}
 STATES = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
 PROMPTS = ["hi", "How do I bake some bread in a very small oven?", "no"]
-
-
-def made(base: BaseModel, make: str, config: str = "", **settings: Any) -> BaseModel:
-    torch.manual_seed(0)
-    kind = getattr(transformers, config or f"{make}Config")
-    model = getattr(transformers, f"{make}ForCausalLM")(kind(**{**SMALL, **settings})).eval().requires_grad_(False)
-    return replace(base, name=make, model=model)
 
 
 @pytest.mark.parametrize(
@@ -59,9 +47,7 @@ def made(base: BaseModel, make: str, config: str = "", **settings: Any) -> BaseM
         ("Lfm2", {"layer_types": ["conv", "conv"]}, "layers that are no attention"),
         ("MiniMax", {"num_local_experts": 2}, "cannot be run as is needed here .*MiniMax uses cache of its own"),
         ("Gemma4", GEMMA4 | OF_TOKENS, "cannot be run as is needed here .*do not exactly match the embedding"),
-        ("Gemma4", GEMMA4 | {"global_head_dim": 16}, "keys and values of several shapes"),
-        ("Youtu", LATENT, "keys and values of several shapes"),
-        ("DeepseekV2", LATENT | {"first_k_dense_replace": 2, "n_routed_experts": 2}, "keys and values of several shapes"),
+        ("Gemma4", GEMMA4 | {"global_head_dim": 16}, "layers whose keys and values are of several shapes"),
         ("Gemma3n", GEMMA3N, "layers without keys and values of their own"),
         ("HyperCLOVAX", {"logits_scaling": 8.0}, "makes its logits in another way"),
     ],
@@ -83,6 +69,7 @@ def test_makes_that_would_be_computed_wrongly_are_refused(
         ("Mixtral", {}),
         ("Granite", {"residual_multiplier": 0.22}),
         ("Gemma4", {**GEMMA4, "sliding_window": 48}),
+        *TWO_SHAPES,
     ],
 )
 def test_other_makes_run_as_transformers_has_them(make: str, settings: dict[str, Any], small: BaseModel) -> None:
@@ -185,6 +172,29 @@ def test_a_gates_keys_turn_by_layer_where_kinds_of_layers_do(small: BaseModel) -
         base.model(torch.tensor([ids]), position_ids=torch.arange(30, 30 + len(ids))[None], past_key_values=cache)
     for (keys, _), layer in zip(gate.turned(torch.tensor([30 + len(ids)])), cache.layers, strict=True):
         torch.testing.assert_close(keys, layer.keys, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["kv_prefix", "gate"])
+@pytest.mark.parametrize(("make", "settings"), TWO_SHAPES)
+def test_keys_and_values_of_two_shapes_take_no_adapter_of_one(
+    make: str, settings: dict[str, Any], kind: Kind, small: BaseModel
+) -> None:
+    with pytest.raises(SoftguardError, match=rf"two shapes, where a {kind}'s are of one; use distil\.adapter=soft_prompt"):
+        initial_vectors(made(small, make, **settings), kind, "You are careful.", 4)
+
+
+@pytest.mark.parametrize(("make", "settings"), TWO_SHAPES)
+def test_soft_prompts_stand_before_models_whose_keys_and_values_are_of_two_shapes(
+    make: str, settings: dict[str, Any], small: BaseModel
+) -> None:
+    base = made(small, make, **settings)
+    adapter = Adapter("soft_prompt", {VECTORS: initial_vectors(base, "soft_prompt", "You are careful.", 4)}, "start", {})
+    engine = Engine(base, adapter)
+    fixed = [*engine.chat.prefix.before, *engine.chat.prefix.after]
+    for prompt, response in zip(PROMPTS, engine.generate(PROMPTS, 1), strict=True):
+        ids = torch.tensor([*fixed, *engine.chat.encode(prompt)])
+        embeddings = torch.cat([adapter.vectors, base.model.get_input_embeddings()(ids)])
+        assert response.ids == (int(base.model(inputs_embeds=embeddings[None]).logits[0, -1].argmax()),)
 
 
 @pytest.mark.parametrize("make", ["Gemma3", "Mistral"])
