@@ -64,13 +64,20 @@ class SystemConfig:
         """What a corpus and an adapter keep of it: all but the guard's name, behind which another may stand elsewhere."""
         return {key: value for key, value in _plain(self).items() if key != "guard"}
 
-    def check_taught(self, taught: Mapping[str, Any], what: str) -> None:
-        """Raises SoftguardError, naming the setting, if `what` was made by another system, of whose `taught` it tells."""
+    def check_taught(self, taught: Mapping[str, Any], what: str, own_threshold: float | None) -> None:
+        """Raises SoftguardError, naming the setting, if `what` was made by another system, of whose `taught` it tells.
+
+        `own_threshold`: the guard's, which counts where one of the two names none; None if it is not known.
+        """
         for key, value in self.taught.items():
-            if key in taught and taught[key] != value:
-                raise SoftguardError(
-                    f"{what} was made with system.{key} {taught[key]!r}, not {value!r}; give the former, or make it anew"
-                )
+            former = taught.get(key, value)
+            if key == "threshold":
+                if self.decision == "probabilistic":  # which asks for none
+                    continue
+                former, value = (own_threshold if line is None else line for line in (former, value))
+            if former != value:
+                told = "the guard's own" if value is None else repr(value)
+                raise SoftguardError(f"{what} was made with system.{key} {former!r}, not {told}; give the former, or make it anew")
 
 
 @dataclass(frozen=True)

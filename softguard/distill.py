@@ -116,7 +116,9 @@ def check_run(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> Non
     holds a run of other settings.
     """
     engine = check_distil(recipe, out, base)
-    recipe.system.check_taught(corpus.manifest["system"], f"corpus {corpus.folder}")
+    taught = corpus.manifest["system"]
+    own_threshold = corpus.manifest["threshold"] if taught["threshold"] is None else None
+    recipe.system.check_taught(taught, f"corpus {corpus.folder}", own_threshold)
     _check_lengths(recipe, corpus, engine)
     adapter = recipe.distil.adapter
     if recipe.distil.taken_steps and adapter != "gate" and not corpus.examples("train", [0])[0].responses[0].ids:

@@ -39,6 +39,7 @@ from softguard.drift import measure_drift, mixture_drift
 from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
 from softguard.files import check_folder, read_json, write_json
+from softguard.guards import own_threshold
 from softguard.judges import GuardJudge, Judge, declines, load_judges
 from softguard.models import BaseModel
 from softguard.prefix import constant_prefix
@@ -195,7 +196,8 @@ def check_evaluation(
             f"{system.guard.name!r} ({asked[:16]}), whose safety gap is another; give the former as system.guard"
         )
     if adapter is not None:
-        system.config.check_taught(adapter.facts.get("system", {}), "the adapter")
+        taught, own = adapter.facts.get("system", {}), own_threshold(system.guard, system.config.mode)
+        system.config.check_taught(taught, "the adapter", own)
     check_folder(out)
     suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
     for engine in engines:

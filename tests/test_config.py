@@ -332,10 +332,35 @@ def test_what_changes_no_result_does_not_decide() -> None:
 def test_another_system_is_told_by_its_setting_but_not_by_the_name_of_its_guard() -> None:
     system = load_recipe(None, ["system.policy.S1.action=keep"]).system
     kept = json.loads(json.dumps(system.taught))
-    load_recipe(None, ["system.policy.S1.action=keep", "system.guard=mine:guard"]).system.check_taught(kept, "it")
+    load_recipe(None, ["system.policy.S1.action=keep", "system.guard=mine:guard"]).system.check_taught(kept, "it", 0.3)
     for change in ("refusal=No.", "policy={}", "threshold=0.5", "mode=response"):
         with pytest.raises(SoftguardError, match=rf"it was made with system\.{change.partition('=')[0]} "):
-            load_recipe(None, ["system.policy.S1.action=keep", f"system.{change}"]).system.check_taught(kept, "it")
+            load_recipe(None, ["system.policy.S1.action=keep", f"system.{change}"]).system.check_taught(kept, "it", 0.3)
+
+
+def checked(kept: float | None, wanted: float | None, own: float | None, decision: Any = "threshold") -> None:
+    given, taught = (SystemConfig(decision=decision, threshold=line) for line in (wanted, kept))
+    given.check_taught(taught.taught, "it", own)
+
+
+@pytest.mark.parametrize(("kept", "wanted"), [(None, 0.3), (0.3, None), (None, None)])
+def test_a_threshold_that_is_the_guards_own_may_be_named_or_not(kept: float | None, wanted: float | None) -> None:
+    checked(kept, wanted, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("kept", "wanted", "own", "told"),
+    [
+        (None, 0.4, 0.3, "0.3, not 0.4"),
+        (0.4, None, 0.3, "0.4, not 0.3"),
+        (0.4, None, None, "0.4, not the guard's own"),
+        (0.4, 0.3, 0.3, "0.4, not 0.3"),
+    ],
+)
+def test_another_threshold_is_told(kept: float | None, wanted: float | None, own: float | None, told: str) -> None:
+    with pytest.raises(SoftguardError, match=f"it was made with system.threshold {told};"):
+        checked(kept, wanted, own)
+    checked(kept, wanted, own, "probabilistic")  # asks for none
 
 
 def test_refusal_must_say_something() -> None:

@@ -443,6 +443,8 @@ def test_a_corpus_of_another_system_is_refused(
     with pytest.raises(SoftguardError, match=rf"was made with system\.{change.partition('=')[0]} "):
         distil(wanted, corpus, tmp_path / "out", small)
     assert not (tmp_path / "out").exists()
+    own = corpus.manifest["threshold"]
+    check_run(recipe(prompts, f"system.threshold={own}"), corpus, tmp_path / "out", small)
 
 
 @pytest.mark.parametrize("changes", [["distil.adapter=kv_prefix", "distil.n_soft=480"], ["distil.n_soft=480"]])

@@ -303,6 +303,8 @@ def test_an_adapter_is_not_measured_against_another_system(
     key, _, value = change.partition("=")
     changed: dict[str, Any] = {key: float(value) if key == "threshold" else value}
     other = replace(recipe, system=replace(recipe.system, **changed))
+    own = SafeSystem.from_config(recipe.system).threshold
+    run(replace(recipe, system=replace(recipe.system, threshold=own)), tmp_path / "spelt", small, taught)
     with pytest.raises(SoftguardError, match=rf"the adapter was made with system\.{key} "):
         run(other, tmp_path / "out", small, taught)
 
