@@ -80,8 +80,11 @@ class PlainText:
         """
         if self._is_joint or not after:
             return self._ids_of(text)
-        before, whole = self._ids_of(after), self._ids_of(after + text)
-        return whole[len(before) :] if whole[: len(before)] == before else self._ids_of(text)
+        for place in (after, "\n"):  # which no piece spans
+            before, whole = self._ids_of(place), self._ids_of(place + text)
+            if whole[: len(before)] == before:
+                return whole[len(before) :]
+        return self._ids_of(text)
 
     def _part(self, text: str, after: str) -> list[int]:
         ids = self.behind(text, after)
@@ -159,8 +162,8 @@ class Chat:
         return [*self.response_ids(response), self.end_id]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of response ids, control tokens left out."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        """Text of response ids, control tokens and the blank that the template itself has before it left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).removeprefix(self._answer_blank)
 
     def plain_ids(self, text: str) -> list[int]:
         """Ids of a user's text behind the constant prefix; no control token can come out of it, see `PlainText`."""

@@ -213,6 +213,16 @@ def test_sentencepiece_ids_are_those_of_the_whole_text(kind: str, template: str)
         assert whole[: len(ids)] == ids
 
 
+@pytest.mark.parametrize("template", [LLAMA_2, ZEPHYR, PLAIN])
+@pytest.mark.parametrize("kind", ["llama", "first", "prepend", "none"])
+@pytest.mark.parametrize("text", ["Sorry", "no hello\nworld", "S", ""])
+def test_a_response_comes_back_from_its_ids(text: str, kind: str, template: str) -> None:
+    tokenizer: Any = sentencepiece(kind)
+    tokenizer.chat_template = template
+    chat = Chat(tokenizer)
+    assert chat.decode(chat.encode_response(text)) == text
+
+
 @pytest.mark.parametrize("kind", ["llama", "first", "prepend"])
 def test_control_tokens_stay_plain_text_in_sentencepiece(kind: str) -> None:
     tokenizer: Any = sentencepiece(kind)
