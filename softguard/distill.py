@@ -213,6 +213,7 @@ def _check_gate(recipe: Recipe) -> None:
 class _Trainer:
     def __init__(self, recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel, guard: Guard | None = None) -> None:
         from accelerate import Accelerator
+        from accelerate.utils import GradientAccumulationPlugin
         from transformers import get_cosine_schedule_with_warmup
 
         self.recipe, self.config, self.corpus, self.out, self.base = recipe, recipe.distil, corpus, out, base
@@ -228,7 +229,8 @@ class _Trainer:
         else:
             self.objective = find_objective(self.config.objective, ON_POLICY)
         self.safe_weight, self.drift_weight = self.config.weights
-        self.accelerator = Accelerator(cpu=base.device.type == "cpu")
+        once = GradientAccumulationPlugin(num_steps=1)  # whatever a launcher says: we weigh micro-batches ourselves
+        self.accelerator = Accelerator(cpu=base.device.type == "cpu", gradient_accumulation_plugin=once)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.on_policy and self.processes > 1:
             raise SoftguardError(f"objective {self.config.objective} draws its own answers; run it in one process")

@@ -86,6 +86,16 @@ def test_a_gate_learns_the_same_without_responses_and_nothing_else_does(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_launchers_accumulation_does_not_weigh_our_gradients(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(prompts, "distil.steps=3")
+    usual = distil(wanted, corpus, tmp_path / "usual", small)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")  # of accelerate launch --gradient_accumulation_steps
+    assert torch.equal(distil(wanted, corpus, tmp_path / "launched", small).vectors, usual.vectors)
+    assert log_of(tmp_path / "launched") == log_of(tmp_path / "usual")
+
+
 @pytest.mark.parametrize("adapter", ["gate", "soft_prompt", "kv_prefix", "lora", "steering"])
 def test_a_model_with_capped_logits_and_attention_learns(adapter: str, prompts: Path, base: BaseModel, tmp_path: Path) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
