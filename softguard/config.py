@@ -77,7 +77,9 @@ class SystemConfig:
                 former, value = (own_threshold if line is None else line for line in (former, value))
             if former != value:
                 told = "the guard's own" if value is None else repr(value)
-                raise SoftguardError(f"{what} was made with system.{key} {former!r}, not {told}; give the former, or make it anew")
+                raise SoftguardError(
+                    f"{what} was made with system.{key} {former!r}, not {told}; give the former, or make it anew"
+                )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from ipaddress import ip_address, ip_network
 
 from softguard.config import Action, SystemConfig
 from softguard.errors import SoftguardError
@@ -11,17 +12,28 @@ from softguard.named import imported, source_of
 from softguard.text import is_whole
 
 REDACTED = "[redacted]"
-_BETWEEN = r"[ \u00a0\u2007\u2009\u202f()/.·\u2010-\u2015-]"  # digits of one number: blanks, brackets, dots and dashes
-_YEAR = r"(?:1[5-9]|20)\d\d"
-_YEARS = rf"{_YEAR}{_BETWEEN}{{1,3}}{_YEAR}(?!{_BETWEEN}{{0,3}}\d)"
-_PERSONAL = re.compile(
-    r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*"  # addresses of mail
-    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b"  # and of machines
-    r"|\b(?:[\da-f]{1,4}:){7}[\da-f]{1,4}\b"
-    r"|\b(?=[\da-f:]{0,40}\d)[\da-f]{3,4}(?::[\da-f]{1,4}){0,6}::(?:[\da-f]{1,4}:){0,5}(?:[\da-f]{1,4}\b)?"  # no x[1::2]
-    rf"|\+?\(?(?<!\d)(?!{_YEARS})\d(?:{_BETWEEN}{{0,3}}\d){{6,}}"  # telephone, card and account numbers: seven digits or more
-    r"|\b\d{1,3}(?:,\d{3,}){2,}\b",
+_REDACTION = "2"  # raised when other text is left out, or another is delivered
+# Each pattern reads a text in linear time: a match begins only where its kind of characters does, or has a greatest length.
+_MAIL = re.compile(r"(?<![\w.+-])[\w.+-]++@(?:[\w-]++\.)+[^\W\d_]{2}[\w-]*")  # p@ssw0rd has no domain
+_IPV6 = re.compile(
+    r"(?<!\w)(?<!::)(?!\d{1,4}::\d{0,4}(?![\da-f:]))"  # no slice [2000::2]
+    r"(?:[\da-f]{0,4}:){2,8}(?:[\da-f]{1,4}|(?<=::))(?:(?:\.\d{1,3}){3})?(?!\w|::)",
     re.IGNORECASE,
+)
+_IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
+_NETWORKS = [ip_network(name) for name in ("0.0.0.0/0", "2000::/3", "fc00::/7", "fe80::/10")]  # of hosts: face::3d is code
+
+_BETWEEN = r"[ \u00a0\u2007\u2009\u202f()/.·\u2010-\u2015-]"  # digits of one number: blanks, brackets, dots and dashes
+_NUMBER = re.compile(
+    r"(?P<amount>(?<![\d,])\d{1,3}(?:,\d{3})+(?!\d))"  # read first, so that 150,000 (2019) holds no number 000 (2019
+    rf"|\+?\(?(?<!\d)\d(?:{_BETWEEN}{{0,3}}\d){{6,}}"  # telephone, card and account numbers: seven digits or more
+)
+_YEAR = r"(?:1\d\d\d|20\d\d|2100)"
+_YEARS = re.compile(
+    rf"\(?(?:\d{_BETWEEN}{{1,3}})?"  # World War 2 (1939–1945); two digits may be an area's code
+    rf"({_YEAR})(?!{_BETWEEN}{{1,3}}\1)"  # a card 1234 1234 1234 1234 is no list of years
+    rf"(?:(?:{_BETWEEN}{{1,3}}{_YEAR})+|[/\u2010-\u2015-]\d\d)"
+    rf"(?: {_BETWEEN}{{0,2}}\d\d?)?"  # 1939–1945 (6 years)
 )
 
 
@@ -45,8 +57,9 @@ class Policy:
 
     @property
     def fingerprint(self) -> str:
-        """Of the sources of its functions; what they call or load is not seen."""
+        """Of the sources of its functions, and of how it redacts; what functions call or load is not seen."""
         sources = {category: source_of(function) for category, function in self._functions.items()}
+        sources |= {category: _REDACTION for category in self._actions if self.redacts(category)}
         return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
 
     def __bool__(self) -> bool:
@@ -62,6 +75,10 @@ class Policy:
         """Whether an answer stands although the guard rejects it."""
         return self._action(category).action == "keep"
 
+    def redacts(self, category: str) -> bool:
+        """Whether personal data is left out of an answer that the guard rejects."""
+        return self._action(category).action == "redact"
+
     def instead(self, category: str, prompt: str, response: str) -> str:
         """What is said instead of `response`.
 
@@ -69,7 +86,7 @@ class Policy:
         function fails or gives anything but whole text.
         """
         action = self._action(category)
-        if action.action == "redact":
+        if self.redacts(category):
             text = redacted(response)
             return self._refusal if text == response else text
         if action.action != "call":
@@ -94,5 +111,16 @@ class Policy:
 
 
 def redacted(text: str) -> str:
-    """`text` without addresses of mail and machines, and without numbers of seven digits or more; a span of years stays."""
-    return _PERSONAL.sub(REDACTED, text)
+    """`text` without addresses of mail and machines, and without numbers of seven digits or more; amounts and years stay."""
+    text = _MAIL.sub(REDACTED, text)
+    for pattern in (_IPV6, _IPV4):
+        text = pattern.sub(lambda found: REDACTED if _is_host(found[0]) else found[0], text)
+    return _NUMBER.sub(lambda found: found[0] if found["amount"] or _YEARS.fullmatch(found[0]) else REDACTED, text)
+
+
+def _is_host(address: str) -> bool:
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return False
+    return any(ip in network for network in _NETWORKS)

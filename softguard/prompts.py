@@ -4,6 +4,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -132,19 +133,21 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            names: list[str] = []
             try:
-                row = json.loads(line, object_pairs_hook=_object)
+                row = json.loads(line, object_pairs_hook=partial(_object, names))
             except (ValueError, RecursionError) as error:
                 raise SoftguardError(f"{path}:{number}: not valid JSON ({error}); mend or remove the line") from error
             if not isinstance(row, dict):
                 raise SoftguardError(f"{path}:{number}: must be a JSON object with a 'prompt'")
+            if twice := _twice(names):
+                raise SoftguardError(f"{path}:{number}: the key {twice!r} stands twice; remove one")
             yield f"{path}:{number}", row
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a key that stands in it twice, of which Python takes the last."""
-    if twice := _twice([key for key, _ in pairs]):
-        raise ValueError(f"an object has the key {twice!r} twice")
+def _object(names: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys become `names`: the outermost is made last, so that its keys stay."""
+    names[:] = [key for key, _ in pairs]
     return dict(pairs)
 
 

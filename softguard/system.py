@@ -84,7 +84,19 @@ class SafeSystem:
                     keep[i] = 1
                 else:
                     instead[i] = self.policy.instead(category, prompts[i], responses[i])
+            self._refuse_again([i for i in rejected if self.policy.redacts(named[i])], prompts, instead)
         return Judgement(p_safe, keep, named, instead)
+
+    def _refuse_again(self, rows: Sequence[int], prompts: Sequence[str], instead: list[str]) -> None:
+        """Put the refusal where a redacted answer is below the threshold still: what was left out was not all.
+
+        In prompt mode the guard reads no answers, so none is asked for again.
+        """
+        changed = [i for i in rows if instead[i] != self.config.refusal]
+        if changed and self.config.mode == "response":
+            p_safe = self.p_safe([prompts[i] for i in changed], [instead[i] for i in changed])
+            for i in np.array(changed)[p_safe < self.threshold]:
+                instead[i] = self.config.refusal
 
     def answer(self, prompts: Sequence[str], base_responses: Sequence[str], seed: int = 0) -> list[str]:
         """What the system answers where the base would answer `base_responses`.

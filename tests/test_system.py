@@ -96,6 +96,14 @@ def test_the_policy_says_what_each_category_gets(mode: str) -> None:
     assert by_category(mode=mode).answer(ASKED, ASKED) == said
 
 
+@pytest.mark.parametrize("decision", ["threshold", "probabilistic"])
+def test_a_redacted_answer_that_is_rejected_again_is_refused(decision: str) -> None:
+    answers = ["a@b.org", "a@b.org @home"]  # the second's other address is not known as one
+    assert by_category(mode="response", decision=decision).judge(["hi", "hi"], answers).instead == ["[redacted]", "No."]
+    asked_of_prompts = by_category(mode="prompt", decision=decision).judge(["x@y"], answers[1:])
+    assert asked_of_prompts.instead == ["[redacted] @home"]
+
+
 def test_a_probabilistic_system_says_each_as_often_as_its_law() -> None:
     """P(r|x) = α·p(r|x) + (1 − α)·1[r = a_c(y)]."""
     said = by_category(decision="probabilistic").answer(["a pill", "a spam"] * 2000, ["yes"] * 4000, seed=1)
