@@ -19,7 +19,7 @@ from softguard.errors import SoftguardError
 from softguard.files import read_json
 from softguard.study import Grid, load_grid, read_table, run_study, study_tasks
 from softguard.study.grid import Arm
-from softguard.study.table import TIMINGS, join_tables
+from softguard.study.table import SCHEMA, TIMINGS, join_tables
 from softguard.study.workers import Task, Workers, open_workers, run_tasks
 from tests.commands import ROOT, softguard, softguard_killed
 from tests.test_cli import refused
@@ -388,34 +388,154 @@ def test_prompts_that_were_added_behind_a_whole_shard_are_refused_too(done: tupl
     assert before[0]["corpus"] != after[0]["corpus"]
 
 
-@pytest.mark.parametrize(
-    ("name", "holds"),
-    [
-        ("results.json", None),
-        ("results.json", '{"schema": 1, "rows"'),
-        ("outcomes.json", None),
-        ("outcomes.json", "{}"),
-        ("cell.json", "{"),
-        ("softguard.json", None),
-        ("softguard.json", "{"),
-    ],
-)
+SOFT = "small/cells/soft/length-4/rate-0.001-seed-0"
+LOST = None
+HARMED: list[tuple[str, bytes | tuple[str, str] | None]] = [  # file of a cell, and what it holds, or what of it becomes what
+    ("results.json", LOST),
+    ("results.json", b'{"schema": 1, "rows"'),
+    ("results.json", b'{"schema": 1, "rows": 5}'),
+    ("results.json", ('"value": ', '"value": "much", "was": ')),
+    ("results.json", ('"metric": "parameters"', '"metric": "weights"')),
+    ("outcomes.json", LOST),
+    ("outcomes.json", b"{}"),
+    ("outcomes.json", b"\xff\xfe"),
+    ("outcomes.json", b'{"outcomes": {}}'),
+    ("outcomes.json", ('"values"', '"figures"')),
+    ("outcomes.json", ('"values": [', '"values": ["x", ')),
+    ("cell.json", b"{"),
+    ("cell.json", b""),
+    ("cell.json", b"[]"),
+    ("cell.json", ('"train_seconds": ', '"train_seconds": "long", "was": ')),
+    ("cell.json", ('"flops_per_token"', '"flops"')),
+    ("softguard.json", LOST),
+    ("softguard.json", b"{"),
+    ("softguard.json", ('"steps": 6', '"steps": "six"')),
+    ("softguard.json", ('"weights_sha256"', '"weights"')),
+    ("adapter_model.safetensors", LOST),
+    ("adapter_model.safetensors", b"no weights"),
+    ("log.jsonl", LOST),
+    ("log.jsonl", b""),
+    ("log.jsonl", b"\xff\xfe"),
+    ("log.jsonl", b'{"step": 6, "ki'),
+    ("log.jsonl", b"5\n"),
+    ("log.jsonl", b'{"step": 1, "kind": "train", "safe": 1.0, "refusal": 1.0}\n'),
+]
+
+
+@pytest.mark.parametrize(("name", "harm"), HARMED)
 def test_a_file_of_a_finished_cell_that_is_lost_or_damaged_is_made_again(
-    name: str, holds: str | None, done: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    harm: bytes | tuple[str, str] | None,
+    done: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from softguard.study import plan
 
     out = shutil.copytree(done[1].parent, tmp_path / "out")
-    file = out / "small/cells/soft/length-4/rate-0.001-seed-0" / name
-    file.unlink()
-    if holds is not None:
-        file.write_text(holds)
+    file = out / SOFT / name
+    if isinstance(harm, tuple):
+        text = file.read_text()
+        assert harm[0] in text
+        file.write_text(text.replace(*harm))
+    elif harm is None:
+        file.unlink()
+    else:
+        file.write_bytes(harm)
     grid = load_grid(done[0])
     monkeypatch.setattr(plan, "_seconds", lambda *_: (0.0, []))
     assert "5 of them to measure, 4 are done" in plan.study_plan(grid, out, 1)
     told: list[str] = []
     assert timeless(run_study(grid, out, told=told.append)) == timeless(done[1])
     assert len(told) == 2
+    told.clear()
+    run_study(grid, out, told=told.append)
+    assert told == [CHECKED]
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("checkpoint/state.json", LOST),
+        ("checkpoint/state.json", b"{"),
+        ("checkpoint/step-6.safetensors", LOST),
+        ("answers/distilled-asked-harmful.json", LOST),
+        ("answers/distilled-asked-harmful.json", b"{"),
+    ],
+)
+def test_what_an_unfinished_cell_would_go_on_from_is_made_again_too(
+    name: str, left: bytes | None, done: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = shutil.copytree(done[1].parent, tmp_path / "out")
+    (out / SOFT / "cell.json").unlink()
+    (out / SOFT / "softguard.json").unlink()
+    (out / SOFT / name).unlink()
+    if left is not None:
+        (out / SOFT / name).write_bytes(left)
+    assert timeless(run_study(load_grid(done[0]), out)) == timeless(done[1])
+
+
+def test_a_trial_that_is_damaged_is_tried_again_before_its_rate_can_be_chosen(done: tuple[Path, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(done[1].parent, tmp_path / "out")
+    (out / "small/cells/tv-kv_prefix/length-4/rate-1e-05-seed-0/adapter_model.safetensors").unlink()
+    told: list[str] = []
+    assert timeless(run_study(load_grid(done[0]), out, told=told.append)) == timeless(done[1])
+    assert [line.split("] ")[1] for line in told[1:]] == [
+        "small, tv, kv_prefix, length 4, rate 1e-05, seed 0: trial",
+        "small, tv, kv_prefix, length 4, seed 0",
+        "small, tv, kv_prefix, length 4, seed 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("answers", LOST),
+        ("answers/base-asked-harmful.json", LOST),
+        ("answers/base-asked-harmful.json", b"\xff"),
+        ("answers/base-drift.json", b'{"answers": 5}'),
+        ("answers/base-drift.json", b'{"answers": []}'),
+        ("ground.json", b'{"evaluation'),
+        ("results.json", LOST),
+        ("outcomes.json", b"[]"),
+    ],
+)
+def test_answers_and_figures_of_a_base_that_are_lost_or_damaged_are_made_again(
+    name: str, left: bytes | None, done: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out, grid = shutil.copytree(done[1].parent, tmp_path / "out"), load_grid(done[0])
+    path = out / "small/base" / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if left is not None:
+        path.write_bytes(left)
+    (out / SOFT / "cell.json").unlink()
+    shutil.rmtree(out / SOFT / "answers")
+    assert timeless(run_study(grid, out)) == timeless(done[1])
+    first = done[1].parent / "small/base/answers"
+    assert sorted(file.name for file in first.iterdir()) == [
+        "base-asked-benign.json",
+        "base-asked-harmful.json",
+        "base-drift.json",
+    ]
+    for file in first.iterdir():
+        for folder in ("small/base", SOFT):
+            assert (out / folder / "answers" / file.name).read_bytes() == file.read_bytes()
+    assert not study_tasks(grid, out)[1:]
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line_that_names_it(
+    done: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(done[1].parent, tmp_path / "out")
+    shutil.rmtree(out / SOFT)
+    (out / SOFT).touch()
+    line = refused(capsys, "study", done[0], "--out", out)
+    assert f"1 of the study's 2 tasks failed, the first with: {out / SOFT} is not a folder" in line
+    assert len(read_table(out / "cells.parquet")) == len(read_table(done[1])) - 1
+    (out / "cells.parquet").unlink()
+    (out / "cells.parquet").mkdir()
+    assert "cells.parquet is a folder" in refused(capsys, "study", done[0], "--out", out)
+    assert "cells.parquet is a folder" in refused(capsys, "study", done[0], "--out", out, "--report", tmp_path / "report")
 
 
 def test_a_base_that_cannot_be_prepared_is_told_once(done: tuple[Path, Path], tmp_path: Path) -> None:
@@ -628,7 +748,7 @@ def test_the_dry_run_refuses_what_the_run_would(
     assert "long.jsonl:41" in refused(capsys, *other, f"teach.prompts={tmp_path / 'long.jsonl'}")
     assert "two judges are called softguard-rules-ngrams" in refused(capsys, *other, "evaluate.other_judges=[bundled]")
     taught = [*command, done[1].parent, "--set", "system.refusal=No."]
-    assert "holds a corpus made with other settings" in refused(capsys, *taught)
+    assert "made with other settings" in refused(capsys, *taught)
 
 
 def test_the_dry_run_of_a_report_writes_nothing_and_refuses_what_the_report_would(
@@ -683,6 +803,25 @@ def test_a_table_that_is_missing_or_another_s_is_refused(tmp_path: Path) -> None
     pq.write_table(pa.table({"base": ["a"]}), tmp_path / "cells.parquet")
     with pytest.raises(SoftguardError, match="lacks column row"):
         read_table(tmp_path / "cells.parquet")
-    (tmp_path / "cells.parquet").write_text("no table")
+    pq.write_table(pa.table({name: [5] for name in SCHEMA.names}), tmp_path / "cells.parquet")
+    with pytest.raises(SoftguardError, match=r"is damaged \(.*run the study again"):
+        read_table(tmp_path / "cells.parquet")
+    latin = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
+    pq.write_table(
+        pa.table({name: latin if name == "base" else pa.nulls(1) for name in SCHEMA.names}), tmp_path / "cells.parquet"
+    )
     with pytest.raises(SoftguardError, match="is damaged"):
         read_table(tmp_path / "cells.parquet")
+
+
+@pytest.mark.parametrize("left", [b"", b"no table", b"half"])
+def test_the_report_of_a_damaged_table_is_one_line_and_the_study_mends_it(
+    left: bytes, done: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(done[1].parent, tmp_path / "out")
+    whole = done[1].read_bytes()
+    (out / "cells.parquet").write_bytes(whole[: len(whole) // 2] if left == b"half" else left)
+    line = refused(capsys, "study", done[0], "--out", out, "--report", tmp_path / "report")
+    assert f"{out / 'cells.parquet'} is damaged (" in line
+    assert "run the study again" in line
+    assert run_study(load_grid(done[0]), out).read_bytes() == whole

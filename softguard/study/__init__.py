@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from softguard.errors import SoftguardError
-from softguard.files import check_folder
-from softguard.study.cells import attempt, finish, ground_of, is_finished, is_tried, prepare
+from softguard.files import check_file, check_folder
+from softguard.study.cells import attempt, finish, prepare
 from softguard.study.grid import Arm, Cell, Grid, load_grid
-from softguard.study.table import NAME, read_table, write_table
+from softguard.study.kept import ground_of, is_finished, rows_of, write_table
+from softguard.study.table import NAME, read_table
 from softguard.study.workers import Task, open_workers, run_tasks
 
 __all__ = ["NAME", "Arm", "Cell", "Grid", "load_grid", "read_table", "run_study"]
@@ -35,6 +36,7 @@ def run_study(
     """
     out = out.resolve()
     check_folder(out)
+    check_file(out / NAME)
     tasks = study_tasks(grid, out)
     failed: list[str] = []
     done, dropped, begin = 0, 0, time.perf_counter()
@@ -77,20 +79,19 @@ def study_tasks(grid: Grid, out: Path) -> list[Task]:
         if not arms:
             continue
         ground = ground_of(arms[0], grid, out)
-        own: list[Task] = []
+        own: dict[str, Task] = {}
         first = f"{base}: corpus and the base's answers"
+        asked = ground.measuring
+        rows = [rows_of(ground, arm, asked) for arm in arms]
         for number in range(max(len(arm.cells) for arm in arms)):
-            for arm in arms:
-                if number >= len(arm.cells) or is_finished(ground, arm, number, out):
+            for arm, found in zip(arms, rows, strict=True):
+                if number >= len(arm.cells) or is_finished(arm, number, found):
                     continue
-                needs = [first]
-                for cell in arm.trials:
-                    name = f"{cell.label}: trial"
-                    if name not in {task.name for task in own} and not is_tried(cell, out / cell.place):
-                        own.append(Task(name, partial(attempt, ground, cell, out / cell.place), (first,)))
-                    needs += [name] if name in {task.name for task in own} else []
+                trials = {f"{cell.label}: trial": cell for cell in arm.trials if cell.place not in found}
+                for name, cell in trials.items():
+                    own.setdefault(name, Task(name, partial(attempt, ground, cell), (first,)))
                 head = arm.cells[number][0].recipe
                 label = f"{base}, {arm.cells[0][0].row}, length {head.distil.n_soft}, seed {head.seed}"
-                own.append(Task(label, partial(finish, ground, arm, number, out), tuple(needs)))
-        tasks += [Task(first, partial(prepare, ground, [arm.cells[0][0].recipe for arm in arms], bool(own))), *own]
+                own[label] = Task(label, partial(finish, ground, arm, number), (first, *trials))
+        tasks += [Task(first, partial(prepare, ground, [arm.cells[0][0].recipe for arm in arms], bool(own))), *own.values()]
     return tasks

@@ -16,8 +16,8 @@ from softguard.files import check_folder
 from softguard.judges import load_judges
 from softguard.models import DEMO_MODEL, base_of
 from softguard.prompts import read_prompts, thin
-from softguard.study.cells import Ground, ground_of, is_finished
 from softguard.study.grid import Arm, Grid
+from softguard.study.kept import Ground, ground_of, is_finished, rows_of
 from softguard.study.workers import load_ray
 from softguard.suites import Suite, load_suites
 from softguard.system import SafeSystem
@@ -47,7 +47,9 @@ def study_plan(grid: Grid, out: Path, workers: int, ray_address: str | None = No
         asked = [name for name in evaluate.suites if name not in suites]
         asked += [name for judge in (evaluate.judge, *evaluate.other_judges) for name in _models_of_hub(judge)]
         if not asked:
-            done += sum(is_finished(ground, arm, number, out) for arm in arms for number in range(len(arm.cells)))
+            for arm in arms:
+                rows = rows_of(ground, arm, ground.measuring)
+                done += sum(is_finished(arm, number, rows) for number in range(len(arm.cells)))
         away = [name for name in (recipe.teach.prompts, recipe.teach.validation) if name.startswith("hub:")]
         away += [*asked, *_models_of_hub(recipe.system.guard), *([recipe.model.name] if _is_of_hub(recipe.model.name) else [])]
         if away:

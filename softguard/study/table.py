@@ -1,8 +1,6 @@
 """One Parquet table of a study: a row a cell, in the order of the grid."""
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,24 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from softguard.config import Recipe, dump_recipe
 from softguard.errors import SoftguardError
-from softguard.evaluation import read_results
-from softguard.files import locked, read_json, write_file
-from softguard.prompts import thin
-from softguard.study.cells import Ground, chosen_rate, evaluation_of, ground_of, is_like_base, is_trained
-from softguard.study.grid import Arm, Cell, Grid
+from softguard.files import check_file, write_file
 
 NAME = "cells.parquet"
 TIMINGS = ("train_seconds", "evaluate_seconds", "cost")  # all else is the same when the same study is run again
-_LINES = 100  # of training kept of a log; all of validation are
 
-_METRIC = {"system": pa.string(), "suite": pa.string(), "split": pa.string(), "metric": pa.string()}
-_METRIC |= {"value": pa.float64(), "low": pa.float64(), "high": pa.float64(), "n": pa.int64()}
-_METRIC |= {"prompts": pa.string(), "outcomes": pa.list_(pa.float32())}
-_LINE = {"step": pa.int64(), "kind": pa.string(), "safe": pa.float64(), "refusal": pa.float64()}
-_LINE |= {"token_tv": pa.float64(), "refuses": pa.float64(), "over_refuses": pa.float64()}
-_COST = {"system": pa.string(), "metric": pa.string(), "value": pa.float64(), "unit": pa.string()}
+METRIC = {"system": pa.string(), "suite": pa.string(), "split": pa.string(), "metric": pa.string()}
+METRIC |= {"value": pa.float64(), "low": pa.float64(), "high": pa.float64(), "n": pa.int64()}
+_OUTCOMES = {"prompts": pa.string(), "outcomes": pa.list_(pa.float32())}
+LINE = {"step": pa.int64(), "kind": pa.string(), "safe": pa.float64(), "refusal": pa.float64()}
+LINE |= {"token_tv": pa.float64(), "refuses": pa.float64(), "over_refuses": pa.float64()}
+COST = {"system": pa.string(), "metric": pa.string(), "value": pa.float64(), "unit": pa.string()}
 SCHEMA = pa.schema(
     {
         # what it is
@@ -54,10 +46,10 @@ SCHEMA = pa.schema(
         "steps": pa.int64(),
         "validation_loss": pa.float64(),  # none of what has no steps
         "parameters": pa.int64(),  # of the adapter
-        "metrics": pa.list_(pa.struct(list(_METRIC.items()))),
-        "cost": pa.list_(pa.struct(list(_COST.items()))),
+        "metrics": pa.list_(pa.struct([*METRIC.items(), *_OUTCOMES.items()])),
+        "cost": pa.list_(pa.struct(list(COST.items()))),
         "flops_per_token": pa.struct([(name, pa.float64()) for name in ("base", "safe_system", "distilled")]),
-        "log": pa.list_(pa.struct(list(_LINE.items()))),
+        "log": pa.list_(pa.struct(list(LINE.items()))),
         "train_seconds": pa.float64(),  # none where the training was interrupted
         "evaluate_seconds": pa.float64(),  # likewise
     }
@@ -74,13 +66,6 @@ _SHARED: dict[str, tuple[str, ...]] = {
 _OWN = ("distil.learning_rate", "distil.accumulate", "distil.checkpoint_every", "system.guard")
 
 
-def write_table(grid: Grid, out: Path) -> None:
-    """Write `out/cells.parquet` of all cells that are trained."""
-    with locked(out / ".lock"):  # another command may be at work on the same study
-        rows = [row for arm in grid.arms for row in _rows(arm, ground_of(arm, grid, out), out)]
-        write_rows(rows, out / NAME)
-
-
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write cells as a Parquet table."""
     write_file(path, partial(pq.write_table, pa.Table.from_pylist(list(rows), SCHEMA), compression="zstd"))
@@ -88,15 +73,17 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def read_table(path: Path) -> list[dict[str, Any]]:
     """The rows of a `cells.parquet`. Raises SoftguardError if it is missing, damaged or has other columns."""
+    check_file(path)
     try:
         table = pq.read_table(path)
+        if missing := [name for name in SCHEMA.names if name not in table.column_names]:
+            raise SoftguardError(f"{path} lacks column {missing[0]}: another softguard wrote it; run the study again")
+        rows: list[dict[str, Any]] = table.select(SCHEMA.names).cast(SCHEMA).to_pylist()
     except FileNotFoundError as error:
         raise SoftguardError(f"{path} does not exist; run the study first") from error
-    except (OSError, pa.ArrowInvalid) as error:
-        raise SoftguardError(f"{path} is damaged ({error}); run the study again, which makes it from its cells") from error
-    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
-        raise SoftguardError(f"{path} lacks column {missing[0]}: another softguard wrote it; run the study again")
-    rows: list[dict[str, Any]] = table.to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
+        reason = " ".join(str(error).split())
+        raise SoftguardError(f"{path} is damaged ({reason}); run the study again, which makes it from its cells") from error
     return rows
 
 
@@ -145,60 +132,3 @@ def _trained_by(recipe: str) -> dict[str, Any]:
         if not names or key in names
         if f"{section}.{key}" not in _OWN
     }
-
-
-def _rows(arm: Arm, ground: Ground, out: Path) -> list[dict[str, Any]]:
-    tried = [cell for cell in arm.trials if is_trained(cell, out / cell.place)]
-    if arm.trials and not tried:
-        return []
-    rate = chosen_rate(arm, out)
-    wanted = [*((cell, cell is arm.trials[rate]) for cell in arm.trials), *((cells[rate], True) for cells in arm.cells)]
-    once = {cell.place: (cell, chosen) for cell, chosen in wanted}  # the chosen trial is the first seed's cell
-    return [
-        _row(cell, out / cell.place, ground if chosen else None)
-        for cell, chosen in once.values()
-        if is_trained(cell, out / cell.place)
-    ]
-
-
-def _row(cell: Cell, folder: Path, ground: Ground | None) -> dict[str, Any]:
-    """`ground`: that by which the cell was to be measured; none for a cell of a rate that was not chosen."""
-    seal, adapter = read_json(folder / "cell.json", "cell"), read_json(folder / "softguard.json", "adapter")
-    distil = cell.recipe.distil
-    row: dict[str, Any] = {
-        "base": cell.base, "row": cell.row, "adapter": distil.adapter, "objective": adapter["objective"],
-        "n_soft": distil.n_soft, "learning_rate": distil.learning_rate, "seed": cell.recipe.seed,
-        "chosen": ground is not None, "recipe": dump_recipe(cell.recipe), "model": adapter["model"],
-        "base_fingerprint": adapter["base"], "guard": adapter["guard"], "corpus": adapter["corpus"],
-        "settings": adapter["settings"], "steps": adapter["steps"], "validation_loss": adapter.get("validation_loss"),
-        "train_seconds": seal["train_seconds"], "log": _log(folder / "log.jsonl"),
-    }  # fmt: skip
-    if ground is None or not is_like_base(ground, folder):
-        return row
-    results = read_results(folder / "results.json")
-    outcomes = {(o["system"], o["suite"], o["metric"]): o for o in read_json(folder / "outcomes.json", "results")["outcomes"]}
-    metrics = []
-    for found in results["rows"]:
-        own = outcomes.get((found["system"], found["suite"], found["metric"]), {})
-        metrics.append({**found, "prompts": own.get("prompts"), "outcomes": own.get("values")})
-    sizes = {cost["system"]: cost["value"] for cost in results["cost"] if cost["metric"] == "parameters"}
-    return row | {
-        "judge": results["judge"], "evaluation": _anywhere(ground.recipe),
-        "versions": json.dumps(results["versions"], sort_keys=True),
-        "parameters": int(sizes["distilled"] - sizes["base"]), "metrics": metrics, "cost": results["cost"],
-        "flops_per_token": seal["flops_per_token"], "evaluate_seconds": seal["evaluate_seconds"],
-    }  # fmt: skip
-
-
-def _anywhere(ground: Recipe) -> str:
-    """`evaluation_of` where the model's file may have another name: what is behind it, `base_fingerprint` says."""
-    return evaluation_of(replace(ground, model=replace(ground.model, name="")))
-
-
-def _log(path: Path) -> list[Mapping[str, Any]]:
-    """All lines of validation, and as many of training as a curve needs. Without steps there is no log."""
-    if not path.is_file():
-        return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    shown = {id(line) for line in thin([line for line in lines if line["kind"] == "train"], _LINES)}
-    return [{key: line.get(key) for key in _LINE} for line in lines if line["kind"] != "train" or id(line) in shown]
