@@ -274,14 +274,18 @@ def _teacher(recipe: Recipe, base: BaseModel, system: SafeSystem) -> dict[str, A
 
 def _known_shards(out: Path, teacher: dict[str, Any]) -> dict[str, list[str]]:
     """Digests of the shards of each split of a finished corpus. Raises SoftguardError if `out` holds another teacher's."""
-    if not (out / "manifest.json").is_file():
-        return {}
-    found = read_json(out / "manifest.json", "corpus")
-    for key in ("version", "base", "template", "precision", "settings"):
-        if found.get(key) != teacher[key]:
-            raise SoftguardError(
-                f"{out} holds a corpus made with other settings ({key} differs); choose another --out or remove it"
-            )
+    found: dict[str, Any] = {}
+    if (out / "manifest.json").is_file():
+        found = read_json(out / "manifest.json", "corpus")
+        for key in ("version", "base", "template", "precision", "settings"):
+            if found.get(key) != teacher[key]:
+                raise SoftguardError(
+                    f"{out} holds a corpus made with other settings ({key} differs); choose another --out or remove it"
+                )
+    settings = teacher["settings"].encode()
+    for path in sorted([*out.glob("train/*.parquet"), *out.glob("validation/*.parquet")]):  # whose manifest may be lost
+        if _stored(path).get(b"settings", settings) != settings:
+            raise SoftguardError(f"{path} was made with other settings; choose another --out or remove it")
     return found.get("shards") or {}
 
 
@@ -326,14 +330,9 @@ def _draw_split(
         path = folder / f"{number:05d}.parquet"
         asked = hashlib.sha256("\0".join(p.text for p in shard).encode()).hexdigest()[:16]
         if path.is_file():
-            try:
-                stored = pq.read_schema(path).metadata or {}
-            except (OSError, pa.ArrowInvalid):
-                stored = {}
+            stored = _stored(path)
             if stored.get(b"prompts", asked.encode()) != asked.encode():
                 raise SoftguardError(f"{path} holds other prompts than {source} has now; choose another --out or remove it")
-            if stored.get(b"settings", settings.encode()) != settings.encode():
-                raise SoftguardError(f"{path} was made with other settings; choose another --out or remove it")
             if not {b"prompts", b"settings"} <= stored.keys() or (number < len(known) and _digest(path) != known[number]):
                 raise SoftguardError(f"{path} is damaged; remove it and teach again")
             drawn(len(shard))
@@ -345,6 +344,14 @@ def _draw_split(
             keep_caches(caches_of(path), [prompt.text for prompt in shard], engine, recipe.teach.batch_size, kept)
         yield _Shard(_digest(path), len(shard), max(len(engine.chat.encode(prompt.text)) for prompt in shard))
         number += 1
+
+
+def _stored(path: Path) -> dict[bytes, bytes]:
+    """What a shard says it was made of and how; nothing, if it is damaged."""
+    try:
+        return pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return {}
 
 
 def _digest(path: Path) -> str:

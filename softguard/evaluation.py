@@ -23,8 +23,10 @@ precision and versions.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -249,7 +251,7 @@ class _Run:
             generated = engine.generate(suite.prompts, config.max_new_tokens, config.batch_size, progress=told)
             return [response.text for response in generated]
 
-        return self._kept(name, suite, config.max_new_tokens, make)
+        return self._kept(name, suite, config.max_new_tokens, make, lambda text, number: isinstance(text, str))
 
     def answers_of_all(self, suite: Suite) -> dict[System, list[str]]:
         """What every system answers; the safe system judges the base's answers."""
@@ -259,20 +261,32 @@ class _Run:
             said["distilled"] = self.answers("distilled", suite, base)
         return said
 
-    def _kept(self, name: System, suite: Suite, settings: Any, make: Callable[[Callable[[int], None]], list[Any]]) -> list[Any]:
-        """What `make` gives for each prompt, from disk if it was made before with the same settings, precision and versions."""
+    def _kept(
+        self,
+        name: System,
+        suite: Suite,
+        settings: Any,
+        make: Callable[[Callable[[int], None]], list[Any]],
+        is_one: Callable[[Any, int], bool],
+    ) -> list[Any]:
+        """What `make` gives for each prompt, from disk if it was made before with the same settings, precision and versions.
+
+        `is_one` tells whether something can be the answer to the prompt of that number; a damaged file is made again.
+        """
         path = self.out / "answers" / f"{name}-{suite.name}.json"
         told = self._teller(f"{name} {suite.name}", suite)
         precision, code = self.base.precision, [versions()[package] for package in _DECIDE]
         chat = self.engines["base"].chat
         asked = (chat.fingerprint, sorted(chat.stop_ids), settings, list(suite.prompts))
         made_by = fingerprint(self.base.fingerprint, precision, code, self._identity[name], *asked)
-        if path.is_file():
+        kept: dict[str, Any] = {}
+        with suppress(SoftguardError):  # none there, or half of one
             kept = read_json(path, "file of answers")
-            answers = kept.get("answers")
-            if kept.get("made_by") == made_by and isinstance(answers, list) and len(answers) == len(suite.prompts):
-                told(len(suite.prompts))
-                return answers
+        answers: Any = kept.get("answers")
+        is_whole = isinstance(answers, list) and len(answers) == len(suite.prompts) and all(map(is_one, answers, count()))
+        if is_whole and kept.get("made_by") == made_by:
+            told(len(suite.prompts))
+            return answers  # type: ignore[no-any-return]
         made = make(told)
         write_json(path, {"made_by": made_by, "answers": made})
         return made
@@ -284,12 +298,20 @@ class _Run:
         """Token TV and KL to the base along answers drawn from it, of the system and of the distilled model."""
         config = self.recipe.evaluate
         settings = (config.max_new_tokens, config.batch_size, 1.0, self.recipe.seed)
+        known = len(self.base.model.get_input_embeddings().weight)
 
         def make(told: Callable[[int], None]) -> list[Any]:
             drawn = self.engines["base"].generate(suite.prompts, *settings, told)
             return [[list(response.ids), response.text] for response in drawn]
 
-        drawn = [Response(tuple(ids), text) for ids, text in self._kept("base", suite, list(settings), make)]
+        def is_one(answer: Any, number: int) -> bool:
+            match answer:
+                case [[*ids], str()]:
+                    return all(_is_below(known, i) for i in ids)
+            return False
+
+        kept = self._kept("base", suite, list(settings), make, is_one)
+        drawn = [Response(tuple(ids), text) for ids, text in kept]
         rows = []
         if self.system.config.mode == "prompt" and not self.system.config.policy:
             rows.append(self._mean_row("safe_system", suite, "token_tv", self._system_drift(suite, drawn)))
@@ -310,7 +332,8 @@ class _Run:
             if engine.gate is None:
                 prefix = constant_prefix(engine.base, engine.chat, self.adapter if name == "distilled" else None)
                 make = partial(likeliest, engine.base, engine.chat, prefix, suite.prompts, suite.choices)
-                chosen = self._kept(name, suite, [list(choices) for choices in suite.choices], make)
+                offered = [list(choices) for choices in suite.choices]
+                chosen = self._kept(name, suite, offered, make, lambda i, number: _is_below(len(suite.choices[number]), i))
                 right[name] = [a == b for a, b in zip(chosen, suite.right, strict=True)]
             else:  # what is not refused is the base's
                 refused = engine.refuses(suite.prompts)
@@ -389,6 +412,11 @@ class _Run:
         base, judged = self.engines["base"], self.system.judge(suite.prompts, [response.text for response in drawn])
         refusal = base.chat.encode_response(self.system.config.refusal)
         return mixture_drift(base, refusal, torch.as_tensor(1 - judged.keep).logit(), suite.prompts, drawn).token_tv
+
+
+def _is_below(count: int, number: Any) -> bool:
+    """Whether it is a place in a list of so many; a bool is none."""
+    return type(number) is int and 0 <= number < count
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -162,7 +162,8 @@ def _check_ids(base: BaseModel) -> None:
     given = {i for token, i in without.items() if not (control and control.fullmatch(token))}
     with suppress(SoftguardError):  # a guard's prompts may be of another form than chats
         chat = Chat(base.tokenizer)
-        given |= {i for i in (*chat.prefix.before, *chat.prefix.after, *chat.closing, chat.end_id) if i >= rows}
+        ends = [chat.end_id] if chat.stop_ids else []
+        given |= {i for i in (*chat.prefix.before, *chat.prefix.after, *chat.closing, *ends) if i >= rows}
     if given:
         raise SoftguardError(
             f"model {base.name!r} has {rows:,} embeddings, but its tokenizer gives id {min(given)} "

@@ -149,6 +149,37 @@ def test_answers_on_disk_are_used_again_and_only_for_the_same_adapter(
     assert asked == [1, 2]
 
 
+def test_answers_that_are_damaged_are_made_again(
+    recipe: Recipe, tmp_path: Path, small: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from softguard import evaluation
+
+    monkeypatch.setattr(evaluation, "measure_cost", lambda *_: [])  # which takes long
+    path = tmp_path / "use.jsonl"
+    path.write_text(json.dumps({"prompt": "how many boats", "answer": "1", "choices": ["1", "2"]}) + "\n")
+    wanted = replace(recipe, evaluate=replace(recipe.evaluate, suites=(*recipe.evaluate.suites, f"choices:{path}")))
+    first, folder = run(wanted, tmp_path / "out", small), tmp_path / "out" / "answers"
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    unknown = [[1, small.model.config.vocab_size], "said"]
+    odd: dict[str, list[object]] = {
+        "base-use.json": [None, "1", 1.0, True, 2, -1],
+        "base-drift.json": [None, "said", [[1, 2]], [[1, None], "said"], unknown, ["a", "b"]],
+        "base-asked-benign.json": [None, 1, ["said"], [], {}, True],
+    }
+
+    def with_first(name: str, answer: object) -> bytes:
+        kept = json.loads(whole[name])
+        return json.dumps({**kept, "answers": [answer, *kept["answers"][1:]]}).encode()
+
+    damaged = [{name: with_first(name, answers[i]) for name, answers in odd.items()} for i in range(6)]
+    damaged += [{name: content[:length] for name, content in whole.items()} for length in (0, 40, -9)]
+    for files in damaged:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        assert run(wanted, tmp_path / "out", small).rows == first.rows
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+
+
 def test_answers_of_another_precision_or_version_are_made_again(
     recipe: Recipe, tmp_path: Path, small: BaseModel, small_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections.abc import Sequence
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,13 @@ def bundled() -> EncoderGuard:
         ["safe", "safe"],
         ["0.9", "1"],
         [0.5, None],
+        [None, None],
+        [Decimal("0.5"), None],
+        [Decimal("0.5"), "0.5"],
+        [Decimal("0.5"), Decimal("NaN")],
+        [Decimal("0.5"), Decimal("sNaN")],
+        [Decimal("0.5"), Decimal("1e999")],
+        [Decimal("0.5"), Decimal("1.01")],
         [0.5, 0.5 + 0j],
         np.ma.masked_array([0.5, 0.9], [False, True]),
         np.ma.masked_array([True, True], [False, True]),
@@ -89,6 +98,9 @@ def test_a_bad_answer_is_an_error_and_never_safe(answer: object) -> None:
         torch.tensor([0.0, 1.0]),
         torch.tensor([0.0, 1.0], dtype=torch.float16),
         [torch.tensor(0.0), torch.tensor(1.0)],
+        [Decimal(0), Decimal("1.0")],
+        [0.0, Decimal(1)],
+        [Fraction(0), Fraction(1)],
     ],
 )
 def test_numbers_of_any_kind_are_an_answer(answer: object) -> None:
@@ -97,6 +109,15 @@ def test_numbers_of_any_kind_are_an_answer(answer: object) -> None:
     assert type(found) is np.ndarray
     assert found.dtype == np.float64
     assert found.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("answer", "kind"), [([Decimal(1), None], "NoneType"), (None, "NoneType"), (["safe", "safe"], "<U4")])
+def test_what_is_no_number_is_told_with_what_is_needed(answer: object, kind: str) -> None:
+    guard = CallableGuard(lambda prompts, responses: answer, name="broken")  # type: ignore[arg-type,return-value]
+    with pytest.raises(SoftguardError) as told:
+        prompt_safety(guard, ["a", "b"])
+    expected = f"guard 'broken' gave {kind} where each text needs a number in [0, 1]; nothing was taken as safe"
+    assert str(told.value) == expected
 
 
 def test_an_exception_in_a_guard_is_told_in_one_line() -> None:

@@ -135,6 +135,18 @@ def test_ids_beyond_the_embeddings_are_refused_where_something_gives_them(
         load_base(str(folder))
 
 
+def test_ids_beyond_the_embeddings_are_refused_where_nothing_ends_a_turn(
+    small: BaseModel, small_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(small.tokenizer)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.eos_token = None
+    tokenizer.chat_template = "<image>{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+    assert not Chat(tokenizer).stop_ids
+    with pytest.raises(SoftguardError, match=r"has 49,152 embeddings, but its tokenizer gives id 49152 \('<image>'\); resize"):
+        load_base(str(with_rows(small, small_folder, tmp_path, tokenizer, 49152)))
+
+
 def test_a_vocabulary_beyond_the_embeddings_is_refused(small: BaseModel, small_folder: Path, tmp_path: Path) -> None:
     folder = with_rows(small, small_folder, tmp_path, small.tokenizer, 300)
     with pytest.raises(SoftguardError, match=r"^model .* has 300 embeddings, but its tokenizer gives id 300 \(.*tokenizer$"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import threading
 import time
@@ -327,6 +328,16 @@ def test_what_is_flagged_is_unsafe_however_low_its_scores() -> None:
     assert read_scores({**result, "categories": {"hate": False, "violence": True}}) == (0, "hate")
 
 
+@pytest.mark.parametrize("flag", [0.0, 0.3, 1, "false", "", []])
+def test_a_category_with_what_is_no_flag_is_never_safe(server: Server, flag: object) -> None:
+    _, headers, body = moderation({"hate": 0.1})
+    body["results"][0]["categories"] = {"hate": False, "violence": flag}
+    server.answer = lambda asked, before: (200, headers, body)
+    told = re.escape(f"category violence is {flag!r}, neither true nor false); nothing was taken as safe")
+    with pytest.raises(SoftguardError, match=told):
+        prompt_safety(server.guard("moderation"), ["a boat"])
+
+
 def test_found_by_name() -> None:
     guard = load_guard("remote:chat:org/model:latest@http://localhost:8000/v1")
     assert isinstance(guard, RemoteGuard)
@@ -371,7 +382,13 @@ def test_without_the_client_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) ->
         load_guard("remote:chat:m@http://localhost/v1")
 
 
-@pytest.mark.parametrize("text", ["safe", "Safe.", "**safe**", "SAFE…", "safe</s>", "safe<|eot_id|>\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("safe", "Safe.", "**safe**", "SAFE…", "safe</s>", "safe<|eot_id|>\n", "safe<|im_end|>", "safe<|END_OF_TURN_TOKEN|>"),
+        *("safe<end_of_turn>\n<eos>", "safe<turn|>", "safe<｜end▁of▁sentence｜>", "safe[|endofturn|]"),
+    ],
+)
 def test_what_is_no_word_does_not_matter(text: str) -> None:
     assert read_label({"message": {"content": text}}) == 1.0
 
@@ -390,6 +407,7 @@ def test_what_is_no_word_does_not_matter(text: str) -> None:
         "Safe only if the user is a chemist",
         "safe — nothing here",
         "safe<harmful>",
+        "safe[|harmful|]",
     ],
 )
 def test_without_probabilities_a_safe_that_says_more_is_none(text: str) -> None:

@@ -8,6 +8,8 @@ outside [0, 1] or that is no number, or a wrong count is an error, never a "safe
 import builtins
 import math
 from collections.abc import Callable, Sequence
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -154,6 +156,10 @@ def _checked(name: str, count: int, ask: Callable[[], Sequence[float] | Probabil
     try:
         given = ask()
         values = np.asarray(given)
+        what = str(values.dtype)
+        if values.dtype == object:  # Decimal and Fraction are numbers; astype would take None as NaN and text as a number
+            what = next((type(value).__name__ for value in values.flat if not isinstance(value, Decimal | Real)), "")
+            values = values if what else values.astype(np.float64)
     except SoftguardError:
         raise
     except (Exception, SystemExit) as error:
@@ -161,7 +167,7 @@ def _checked(name: str, count: int, ask: Callable[[], Sequence[float] | Probabil
             f"guard {name!r} failed with {type(error).__name__}: {error}; nothing was taken as safe"
         ) from error
     if values.dtype.kind not in "buif":  # text and dates could be read as numbers
-        raise SoftguardError(f"guard {name!r} gave {values.dtype} where numbers are needed; nothing was taken as safe")
+        raise SoftguardError(f"guard {name!r} gave {what} where each text needs a number in [0, 1]; nothing was taken as safe")
     values = np.where(np.ma.getmask(given), np.nan, values.astype(np.float64))
     if values.shape != (count,):
         raise SoftguardError(f"guard {name!r} gave shape {values.shape} for {count} texts; it must give one number each")

@@ -32,7 +32,8 @@ _LABELLED = 0.5  # of the first token's probability, the least that labels must 
 _MOST = 1.1  # and the most, since servers round in half precision
 _TIE = 0.1  # of log-probabilities that are rounded so, either may be the likeliest
 _SAFE = re.compile(r"\W*safe(?![\w/-])")  # not safety or safe/unsafe
-_BARE = re.compile(r"\W*safe(?:</s>|<\|\w+\|>|[^\w\n])*(?:\n|$)")  # control tokens are no words
+_END = r"</s>|<eos>|<end_of_turn>|<turn\|>|<\|\w+\|>|<｜[\w▁]+｜>|\[\|endofturn\|\]"  # what models of all families end with
+_BARE = re.compile(rf"\W*safe(?:{_END}|[^\w\n])*(?:\n|$)")  # control tokens are no words
 _DENIED = re.compile(r"\W*safe\W+(no|not|false|un\w*)\b|.*\b(not|never|isn't) safe\b|.*unsafe", re.DOTALL)  # "Safe? No."
 
 
@@ -123,7 +124,8 @@ class RemoteGuard:
 
     def _moderate(self, texts: Sequence[str]) -> "list[Verdict]":
         def send(part: Sequence[str]) -> "list[Verdict]":
-            results = self._client.moderations.create(model=self.model, input=list(part)).model_dump(by_alias=True)["results"]
+            reply = self._client.moderations.create(model=self.model, input=list(part))
+            results = reply.model_dump(by_alias=True, warnings=False)["results"]  # what is of another type is told below
             if len(results) != len(part):
                 raise ValueError(f"{len(results)} results for {len(part)} texts")
             return [read_scores(result) for result in results]
@@ -221,7 +223,9 @@ def read_scores(result: dict[str, Any]) -> Verdict:
     worst = max(scores, key=scores.__getitem__)
     if not all(0 <= score <= 1 for score in scores.values()):  # NaN fails both comparisons
         raise ValueError("a score lies outside [0, 1]")
-    if not isinstance(result["flagged"], bool):
-        raise ValueError(f"flagged is {result['flagged']!r}")
-    flagged = result["flagged"] or any((result.get("categories") or {}).values())
-    return Verdict(0.0 if flagged else 1 - scores[worst], worst)
+    named = {} if result.get("categories") is None else result["categories"]
+    flags = {"flagged": result["flagged"], **{f"category {name}": flag for name, flag in named.items() if flag is not None}}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):  # a text "false" would count as true
+            raise ValueError(f"{name} is {flag!r}, neither true nor false")
+    return Verdict(0.0 if any(flags.values()) else 1 - scores[worst], worst)
