@@ -335,6 +335,17 @@ def test_a_column_that_stands_twice_is_told(tmp_path: Path) -> None:
     assert read(tmp_path / "a.csv") == [Prompt("a")]
 
 
+def test_a_parquet_value_that_python_has_no_word_for_names_its_row(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    twice = pyarrow.StructArray.from_arrays([[1, 2], [3, 4]], names=["a", "a"], mask=pyarrow.array([True, False]))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "meta": twice}), tmp_path / "a.parquet")
+    assert re.search(
+        r"a\.parquet row 2 cannot be read \(.*duplicate.*\); mend .* leave out its column$", told(tmp_path / "a.parquet")
+    )
+
+
 def test_a_parquet_text_that_is_not_utf8_names_its_row(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

@@ -417,6 +417,13 @@ def test_without_probabilities_a_safe_that_says_more_is_none(text: str) -> None:
         read_label({**tokens({"\n": 1.0}), "message": {"content": text}})
 
 
+def test_many_signs_behind_a_safe_take_no_time() -> None:
+    start = time.process_time()
+    with pytest.raises(ValueError, match="says more than safe"):
+        read_label({"message": {"content": "safe" + 24 * "<｜▁｜>" + "x"}})
+    assert time.process_time() - start < 1
+
+
 @pytest.mark.parametrize("text", ["safe\nunsafe", "Safe.\n\nNo.", "safe\nThat is unsafe.", "safe\nThis is not safe"])
 def test_a_safe_is_taken_back_in_another_line(text: str) -> None:
     with pytest.raises(ValueError, match="takes its safe back"):

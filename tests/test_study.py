@@ -748,7 +748,7 @@ def test_the_dry_run_refuses_what_the_run_would(
     assert "long.jsonl:41" in refused(capsys, *other, f"teach.prompts={tmp_path / 'long.jsonl'}")
     assert "two judges are called softguard-rules-ngrams" in refused(capsys, *other, "evaluate.other_judges=[bundled]")
     taught = [*command, done[1].parent, "--set", "system.refusal=No."]
-    assert "made with other settings" in refused(capsys, *taught)
+    assert "holds a corpus made with other settings" in refused(capsys, *taught)
 
 
 def test_the_dry_run_of_a_report_writes_nothing_and_refuses_what_the_report_would(

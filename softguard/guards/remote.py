@@ -32,8 +32,8 @@ _LABELLED = 0.5  # of the first token's probability, the least that labels must 
 _MOST = 1.1  # and the most, since servers round in half precision
 _TIE = 0.1  # of log-probabilities that are rounded so, either may be the likeliest
 _SAFE = re.compile(r"\W*safe(?![\w/-])")  # not safety or safe/unsafe
-_END = r"</s>|<eos>|<end_of_turn>|<turn\|>|<\|\w+\|>|<｜[\w▁]+｜>|\[\|endofturn\|\]"  # what models of all families end with
-_BARE = re.compile(rf"\W*safe(?:{_END}|[^\w\n])*(?:\n|$)")  # control tokens are no words
+_END = r"</s>|<eos>|<end_of_turn>|<turn\|>|<\|\w+\|>|<｜\w[\w▁]*｜>|\[\|endofturn\|\]"  # what models of all families end with
+_BARE = re.compile(rf"\W*safe(?:{_END}|[^\w\n])*(?:\n|$)")  # control tokens are no words, but hold a letter: linear
 _DENIED = re.compile(r"\W*safe\W+(no|not|false|un\w*)\b|.*\b(not|never|isn't) safe\b|.*unsafe", re.DOTALL)  # "Safe? No."
 
 

@@ -62,7 +62,6 @@ def prepare(ground: Ground, recipes: Sequence[Recipe], unfinished: bool) -> None
                 "choose another --out, or remove those cells to train them again"
             )
         if not is_measured(ground, suites):
-            drop_damaged(ground.folder / "base")
             evaluate(ground.recipe, ground.folder / "base", base, system, None, judges)
             write_json(ground.folder / MEASURED, ground.measuring)
 
@@ -93,7 +92,6 @@ def finish(ground: Ground, arm: Arm, number: int) -> None:
         _train(ground, cell)
         if with_figures(ground, cell, {}, ground.measuring).get("metrics") is not None:
             return
-        drop_damaged(folder)
         base, system = _loaded(ground.recipe.model), _system(ground.recipe.system)
         adapter = Adapter.load(folder, base)
         begun = (folder / "answers").is_dir()

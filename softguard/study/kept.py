@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -198,10 +198,8 @@ def is_measured(ground: Ground, suites: Sequence[Suite]) -> bool:
 
 
 def drop_damaged(folder: Path) -> None:
-    """Remove what cannot be read in a folder of a cell, or of a base's answers: to go on from it would be refused."""
-    checks: dict[Path, Callable[[Path], object]] = dict.fromkeys(folder.glob("answers/*.json"), _answers)
-    checks |= {folder / "softguard.json": _adapter, folder / "checkpoint": _checkpoint}
-    for path, check in checks.items():
+    """Remove an adapter or checkpoint of a cell's folder that cannot be read: `distil` would refuse to go on from it."""
+    for path, check in ((folder / "softguard.json", _adapter), (folder / "checkpoint", _checkpoint)):
         if path.exists():
             try:
                 check(path)
@@ -278,10 +276,6 @@ def _shown(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """All lines of validation, and as many of training as a curve needs."""
     shown = {id(line) for line in thin([line for line in lines if line["kind"] == "train"], _LINES)}
     return [{key: line.get(key) for key in LINE} for line in lines if line["kind"] != "train" or id(line) in shown]
-
-
-def _answers(path: Path) -> object:
-    return read_json(path, "file of answers")
 
 
 def _checkpoint(path: Path) -> None:
