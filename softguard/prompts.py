@@ -197,7 +197,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise SoftguardError(f"{path} is not a Parquet file ({error})") from error
     except UnicodeDecodeError as error:
         raise SoftguardError(f"{path} row {number + 1} is not UTF-8 text; convert it") from error
-    except ValueError as error:  # two keys of one name in a field, times finer than Python's
+    except ValueError as error:  # such as two keys of one name in a field
         raise SoftguardError(
             f"{path} row {number + 1} cannot be read ({error}); mend the value or leave out its column"
         ) from error
