@@ -125,7 +125,6 @@ class Adapter:
         from safetensors.torch import load
 
         facts = read_json(folder / "softguard.json", "softguard adapter")
-        seal = facts.pop("seal", None)
         if facts.get("version") != VERSION:
             raise SoftguardError(
                 f"adapter {folder} has version {facts.get('version')}, this softguard reads {VERSION}; distil again"
@@ -135,20 +134,30 @@ class Adapter:
                 f"adapter {folder} belongs to model {facts.get('model')!r} ({facts.get('base')}), not to {base.name!r} "
                 f"({base.fingerprint}); load it with the model and quantisation it was trained for"
             )
-        try:
-            blob = (folder / "adapter_model.safetensors").read_bytes()
-        except OSError as error:
-            raise SoftguardError(f"adapter {folder} has no readable adapter_model.safetensors; distil again") from error
-        if hashlib.sha256(blob).hexdigest() != facts.get("weights_sha256"):
-            raise SoftguardError(
-                f"adapter {folder} is damaged: its weights are not those softguard.json was written for; distil again"
-            )
-        if fingerprint(facts) != seal:
-            raise SoftguardError(f"adapter {folder} is damaged: its softguard.json is not as it was written; distil again")
-        known = ("version", "adapter", "slot", "text", "n_soft", "weights_sha256", "model", "base")
+        blob = whole_weights(folder, facts)
+        known = ("version", "adapter", "slot", "text", "n_soft", "weights_sha256", "model", "base", "seal")
         tensors = {name: tensor.float().to(base.device) for name, tensor in load(blob).items()}
         rest = {k: v for k, v in facts.items() if k not in known}
         return cls(facts["adapter"], tensors, facts["slot"], rest, facts.get("text", ""))
+
+
+def whole_weights(folder: Path, facts: Mapping[str, Any]) -> bytes:
+    """The file of an adapter's weights; `facts`: what its `softguard.json` says.
+
+    Raises SoftguardError if one of the two is not as it was written. Versions before 4 have no seal.
+    """
+    try:
+        blob = (folder / "adapter_model.safetensors").read_bytes()
+    except OSError as error:
+        raise SoftguardError(f"adapter {folder} has no readable adapter_model.safetensors; distil again") from error
+    if hashlib.sha256(blob).hexdigest() != facts.get("weights_sha256"):
+        raise SoftguardError(
+            f"adapter {folder} is damaged: its weights are not those softguard.json was written for; distil again"
+        )
+    said = {key: value for key, value in facts.items() if key != "seal"}
+    if facts.get("version") == VERSION and fingerprint(said) != facts.get("seal"):
+        raise SoftguardError(f"adapter {folder} is damaged: its softguard.json is not as it was written; distil again")
+    return blob
 
 
 def peft_config(adapter: Adapter, base: BaseModel) -> Any:

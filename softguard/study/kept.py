@@ -8,7 +8,6 @@ A cell is trained, or measured, if its row can be made of what is there: a file 
 that the study makes it again.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from softguard.adapters import whole_weights
 from softguard.config import Recipe, dump_recipe, fingerprint
 from softguard.errors import SoftguardError
 from softguard.evaluation import read_results
@@ -147,9 +147,7 @@ def trained_row(ground: Ground, cell: Cell) -> Row | None:
             return None
         if "diverged" in seal:
             return {}
-        adapter = _adapter(folder / "softguard.json")
-        if hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest() != adapter["weights_sha256"]:
-            return None
+        adapter = _adapter(folder)
         row = {
             "base": cell.base, "row": cell.row, "adapter": distil.adapter, "objective": adapter["objective"],
             "n_soft": distil.n_soft, "learning_rate": distil.learning_rate, "seed": cell.recipe.seed,
@@ -199,10 +197,11 @@ def is_measured(ground: Ground, suites: Sequence[Suite]) -> bool:
 
 def drop_damaged(folder: Path) -> None:
     """Remove an adapter or checkpoint of a cell's folder that cannot be read: `distil` would refuse to go on from it."""
-    for path, check in ((folder / "softguard.json", _adapter), (folder / "checkpoint", _checkpoint)):
+    for name, check in (("softguard.json", _adapter), ("checkpoint", _checkpoint)):
+        path = folder / name
         if path.exists():
             try:
-                check(path)
+                check(folder)
             except _DAMAGED:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -253,12 +252,10 @@ def _listed(found: Any, names: Iterable[str]) -> list[Row]:
     return [{name: one[name] for name in names} for one in found]
 
 
-def _adapter(path: Path) -> dict[str, Any]:
-    """What a `softguard.json` says, whole. Raises what `_DAMAGED` lists."""
-    facts = read_json(path, "adapter")
-    seal = facts.pop("seal", None)
-    if seal not in (None, fingerprint(facts)):  # those of before version 4 have none
-        raise ValueError("not as it was written")
+def _adapter(folder: Path) -> dict[str, Any]:
+    """What a cell's `softguard.json` says, its weights beside it. Raises what `_DAMAGED` lists."""
+    facts = read_json(folder / "softguard.json", "adapter")
+    whole_weights(folder, facts)
     return facts
 
 
@@ -278,8 +275,8 @@ def _shown(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: line.get(key) for key in LINE} for line in lines if line["kind"] != "train" or id(line) in shown]
 
 
-def _checkpoint(path: Path) -> None:
-    """Raises what `_DAMAGED` lists if a part of a checkpoint, to which the log beside it belongs, is lost."""
-    state = read_json(path / "state.json", "checkpoint")
-    (path / state["tensors"]).stat()
-    _log(path.with_name("log.jsonl"), state["step"])
+def _checkpoint(folder: Path) -> None:
+    """Raises what `_DAMAGED` lists if a part of a cell's checkpoint, to which its log belongs, is lost."""
+    state = read_json(folder / "checkpoint" / "state.json", "checkpoint")
+    (folder / "checkpoint" / state["tensors"]).stat()
+    _log(folder / "log.jsonl", state["step"])
