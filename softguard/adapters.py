@@ -83,13 +83,14 @@ class Adapter:
         what = f"{len(self.vectors)} vectors, " if VECTORS in self.tensors else ""
         return f"{self.kind} of {what}{self.parameters:,} numbers, {self.bytes:,} bytes"
 
-    def save(self, folder: Path, base: BaseModel) -> None:
+    def save(self, folder: Path | str, base: BaseModel) -> None:
         """Write the adapter in the place of what `folder` held; `softguard.json`, which seals the rest, comes last.
 
         Raises DivergedError if a value is not finite in float16.
         """
         from safetensors.torch import save
 
+        folder = Path(folder)
         stored = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.tensors.items()}
         if not all(tensor.isfinite().all() for tensor in stored.values()):
             raise DivergedError("the adapter has values that float16 cannot hold; lower distil.learning_rate")
@@ -117,13 +118,14 @@ class Adapter:
         write_json(folder / "softguard.json", {**said, "seal": fingerprint(said)})
 
     @classmethod
-    def load(cls, folder: Path, base: BaseModel) -> "Adapter":
+    def load(cls, folder: Path | str, base: BaseModel) -> "Adapter":
         """Read an adapter and check that it belongs to `base`.
 
         Raises SoftguardError if it is missing or damaged, or was trained for another model or quantisation.
         """
         from safetensors.torch import load
 
+        folder = Path(folder)
         facts = read_json(folder / "softguard.json", "softguard adapter")
         if facts.get("version") != VERSION:
             raise SoftguardError(

@@ -270,12 +270,12 @@ class Recipe:
                 )
 
 
-def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe, or the defaults, and apply overrides of the form `section.key=value` (value in YAML).
 
     Raises SoftguardError for an unreadable file, an unknown key or a value of the wrong type.
     """
-    return build(Recipe, overridden(read_values(path) if path is not None else {}, overrides))  # type: ignore[no-any-return]
+    return build(Recipe, overridden(read_values(Path(path)) if path is not None else {}, overrides))  # type: ignore[no-any-return]
 
 
 def read_values(path: Path) -> dict[str, Any]:

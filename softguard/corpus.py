@@ -117,11 +117,12 @@ class Corpus:
     _sound: set[Path] = field(default_factory=set, repr=False, compare=False)  # shards whose bytes were compared
 
     @classmethod
-    def open(cls, folder: Path, base: BaseModel | None = None) -> "Corpus":
+    def open(cls, folder: Path | str, base: BaseModel | None = None) -> "Corpus":
         """Open a finished corpus and, given a base, check that the base drew it.
 
         Raises SoftguardError if it is missing, unfinished, damaged or another model's.
         """
+        folder = Path(folder)
         manifest = read_json(folder / "manifest.json", "corpus")
         if manifest.get("version") != VERSION:
             raise SoftguardError(
@@ -195,7 +196,7 @@ class Corpus:
 
 def teach(
     recipe: Recipe,
-    out: Path,
+    out: Path | str,
     base: BaseModel,
     system: SafeSystem,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
@@ -206,7 +207,7 @@ def teach(
     prompts, a failing guard (shards finished so far stay and are not drawn again), a full disk, a damaged shard, or a folder
     that holds another recipe's corpus.
     """
-    engine, sources = Engine(base), _sources(recipe)
+    out, engine, sources = Path(out), Engine(base), _sources(recipe)
     totals = check_teaching(recipe, out, engine, system)
     teacher = _teacher(recipe, base, system)
     known = _known_shards(out, teacher)

@@ -54,7 +54,7 @@ class Step(NamedTuple):
 def distil(
     recipe: Recipe,
     corpus: Corpus,
-    out: Path,
+    out: Path | str,
     base: BaseModel,
     progress: Callable[[Step], None] = lambda step: None,
     guard: Guard | None = None,
@@ -67,7 +67,7 @@ def distil(
     Raises SoftguardError as `check_run` does, or if the corpus is another model's or the guard fails, and DivergedError if the
     loss is no longer finite.
     """
-    corpus = Corpus.open(corpus.folder, base)
+    out, corpus = Path(out), Corpus.open(corpus.folder, base)
     check_run(recipe, corpus, out, base)
     if recipe.distil.taken_steps:
         return _Trainer(recipe, corpus, out, base, guard).run(progress)

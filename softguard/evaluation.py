@@ -114,7 +114,7 @@ class Results:
 
 def evaluate(
     recipe: Recipe,
-    out: Path,
+    out: Path | str,
     base: BaseModel,
     system: SafeSystem,
     adapter: Adapter | None = None,
@@ -128,6 +128,7 @@ def evaluate(
     suite, a prompt too long for the model, judges of one name, an adapter of another guard or chat template, a failing guard,
     or a folder that cannot be written; answers finished so far are kept.
     """
+    out = Path(out)
     judge, *others = judges or load_judges(recipe.evaluate)
     engines = engines_of(base, adapter)
     suites = check_evaluation(recipe, out, system, adapter, engines.values(), [judge, *others])

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,19 @@ def test_teach_distil_evaluate_and_chat_work_together(asked: Path, small_folder:
     chat = softguard("chat", "--adapter", adapter, "--compare", "--max-new-tokens", 3, *common, input="hello\n\n")
     assert chat.returncode == 0, chat.stderr
     assert chat.stdout.index("base>") < chat.stdout.index("distilled>")
+
+
+def test_the_readme_s_python_does_the_same(
+    asked: Path, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [shown] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    given = options(asked, small_folder, "evaluate.suites=[contrast]", "evaluate.limit=2", "evaluate.max_new_tokens=2")[1::2]
+    small = shown.replace('["teach.limit=500"]', repr(given)).replace('"smollm2"', repr(str(small_folder)))
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(small, found)
+    assert json.loads((tmp_path / "results" / "results.json").read_text()) == found["results"].contract()
+    assert (tmp_path / "adapter" / "softguard.json").is_file()
 
 
 def test_dry_runs_say_what_would_run_and_write_nothing(

@@ -317,6 +317,19 @@ def test_a_table_without_figures_or_suite_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+def test_places_that_cannot_be_written_are_told_before_anything_is(tmp_path: Path) -> None:
+    written(tmp_path, ROWS)
+    before = sorted(tmp_path.rglob("*"))
+    table = [next(tmp_path.rglob("cells.parquet"))]
+    with pytest.raises(SoftguardError, match="/ has no name"):
+        write_study(table, (), Path("/"), tmp_path / "page.md")
+    with pytest.raises(SoftguardError, match="is a folder; name a file in it"):
+        write_study(table, (), tmp_path / "anew", tmp_path)
+    with pytest.raises(SoftguardError, match="is not a folder.*another --page"):
+        write_study(table, (), tmp_path / "anew", table[0] / "page.md")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_figures_place_their_marks_and_escape_their_text() -> None:
     drawn = dots("a < b", [("group & more", [Dot("x", 50, 25, 100, "50"), Dot("y", 0, 0, 0, "0", hollow=True)])])
     root = ElementTree.fromstring(drawn)

@@ -46,9 +46,10 @@ def write_study(tables: Sequence[Path], suites: Sequence[str], folder: Path, pag
     `folder`.json, and `page` in Markdown.
 
     `tables`: of one run of the study, or of several that are joined. `suites`: those the Pareto sets count; none counts all.
-    Raises SoftguardError if no cell is measured, or a suite was not, or the tables do not belong together.
+    Raises SoftguardError if no cell is measured, or a suite was not, the tables do not belong together, or a path cannot be
+    written.
     """
-    folder, page = folder.resolve(), page.resolve()
+    folder, page = _places(folder, page)
     cells = join_tables(tables)
     rows = with_methods(cells)
     measured = [row for row in rows if row["metrics"] is not None]
@@ -87,17 +88,25 @@ def write_study(tables: Sequence[Path], suites: Sequence[str], folder: Path, pag
 def report_plan(tables: Sequence[Path], suites: Sequence[str], folder: Path, page: Path) -> str:
     """What `write_study` would write; it is written elsewhere, and dropped.
 
-    Raises SoftguardError as `write_study` does, or for paths that cannot be written.
+    Raises SoftguardError as `write_study` does.
     """
-    beside = folder.resolve().with_name(f"{folder.resolve().name}.json")
-    check_folder(folder, "--report")
-    check_folder(beside.parent, "--report")
-    check_folder(page.parent, "--page")
-    check_file(beside)
-    check_file(page)
+    _places(folder, page)
     with TemporaryDirectory() as name:
         write_study(tables, suites, Path(name) / "report", Path(name) / "page.md")
     return f"study: would write figures and tables of {', '.join(map(str, tables))} to {folder} and {page}"
+
+
+def _places(folder: Path, page: Path) -> tuple[Path, Path]:
+    """Both paths, whole. Raises SoftguardError for one that cannot be written."""
+    folder, page = folder.resolve(), page.resolve()
+    if not folder.name:
+        raise SoftguardError(f"{folder} has no name, by which the summary beside it is called; choose another --report")
+    check_folder(folder, "--report")
+    check_folder(folder.parent, "--report")
+    check_folder(page.parent, "--page")
+    check_file(folder.with_name(f"{folder.name}.json"))
+    check_file(page)
+    return folder, page
 
 
 def _head(rows: Sequence[Row], suites: Sequence[str], name: str, where: str) -> list[str]:
