@@ -325,7 +325,7 @@ def test_places_that_cannot_be_written_are_told_before_anything_is(tmp_path: Pat
         write_study(table, (), Path("/"), tmp_path / "page.md")
     with pytest.raises(SoftguardError, match="is a folder; name a file in it"):
         write_study(table, (), tmp_path / "anew", tmp_path)
-    with pytest.raises(SoftguardError, match="is not a folder.*another --page"):
+    with pytest.raises(SoftguardError, match=r"is not a folder.*another --page"):
         write_study(table, (), tmp_path / "anew", table[0] / "page.md")
     assert sorted(tmp_path.rglob("*")) == before
 
