@@ -86,14 +86,11 @@ class Adapter:
     def save(self, folder: Path | str, base: BaseModel) -> None:
         """Write the adapter in the place of what `folder` held; `softguard.json`, which seals the rest, comes last.
 
-        Raises DivergedError if a value is not finite in float16.
+        Raises DivergedError as `as_stored` does.
         """
         from safetensors.torch import save
 
-        folder = Path(folder)
-        stored = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.tensors.items()}
-        if not all(tensor.isfinite().all() for tensor in stored.values()):
-            raise DivergedError("the adapter has values that float16 cannot hold; lower distil.learning_rate")
+        folder, stored = Path(folder), as_stored(self.tensors)
         blob = save(stored)
         write_file(folder / "adapter_model.safetensors", lambda beside: beside.write_bytes(blob))
         for layout in ("adapter_config.json", "control_vector.gguf"):  # what another kind left here would describe it still
@@ -141,6 +138,14 @@ class Adapter:
         tensors = {name: tensor.float().to(base.device) for name, tensor in load(blob).items()}
         rest = {k: v for k, v in facts.items() if k not in known}
         return cls(facts["adapter"], tensors, facts["slot"], rest, facts.get("text", ""))
+
+
+def as_stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors in float16. Raises DivergedError if a value is not finite in it."""
+    stored = {name: tensor.detach().cpu().half().contiguous() for name, tensor in tensors.items()}
+    if not all(tensor.isfinite().all() for tensor in stored.values()):
+        raise DivergedError("the adapter has values that float16 cannot hold; lower distil.learning_rate")
+    return stored
 
 
 def whole_weights(folder: Path, facts: Mapping[str, Any]) -> bytes:

@@ -139,9 +139,11 @@ def share_figure(figure: str, data: str, hits: Sequence[bool] | Flags, questions
 def calibration_figure(
     data: str, safe: Scores, bad: Sequence[bool] | Flags, questions: Questions | None = None, seed: int = 0
 ) -> Figure:
-    """Expected calibration error of p(safe), ten equal-width bins (Guo et al., 2017), percentile bootstrap interval.
+    """Expected calibration error of p(safe), ten equal-width bins (Guo et al., 2017), with a bootstrap interval.
 
-    `safe` and `bad` are (cases,); `questions` as in `over_questions`.
+    Chance makes the error larger, never smaller, and a resample adds as much again: the low end is the basic bootstrap's, which
+    takes the excess back, the high end the percentile bootstrap's, which does not. `safe` and `bad` are (cases,); `questions`
+    as in `over_questions`.
     """
     probability, labels = np.asarray(safe, float), ~np.asarray(bad, bool)
 
@@ -152,8 +154,9 @@ def calibration_figure(
 
     rng = np.random.default_rng(seed)
     draws = [error(rng.integers(0, len(labels), len(labels))) for _ in range(500)]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    found = Figure("ece", data, len(labels), error(np.arange(len(labels))), float(low), float(high))
+    high = np.quantile(draws, 0.975)
+    value = error(np.arange(len(labels)))
+    found = Figure("ece", data, len(labels), value, max(0.0, 2 * value - float(high)), float(high))
     return found if questions is None else over_questions(found, questions, error, seed)
 
 

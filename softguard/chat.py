@@ -149,7 +149,15 @@ class Chat:
         return [*self.plain_ids(prompt), *self.closing]
 
     def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
-        """Ids that follow the constant prefix for a conversation ending in a user turn."""
+        """Ids that follow the constant prefix for a conversation ending in a user turn.
+
+        Raises SoftguardError unless its turns are a user's and the model's, one after the other.
+        """
+        roles = [turn.role for turn in turns]
+        if roles != ["assistant" if number % 2 else "user" for number in range(len(turns))] or len(turns) % 2 == 0:
+            raise SoftguardError(
+                f"the conversation's turns are {', '.join(roles) or 'none'}; they must go user, assistant, …, user"
+            )
         *openings, closing = self._fixed(turns, answer=False)
         ids: list[int] = []
         for number, (turn, opening) in enumerate(zip(turns, openings, strict=True)):

@@ -26,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name that is not UTF-8 must not end work that is done
     options = _parser().parse_args(arguments)
-    sys.path.append(os.getcwd())  # "mine:guard" is found beside the recipe; last, so that it hides no installed package
     _ask_for_large_pages()
     run: Callable[[argparse.Namespace], None] = options.run
     try:
+        sys.path.append(os.getcwd())  # "mine:guard" is found beside the recipe; last, so that it hides no installed package
         run(options)
     except SoftguardError as error:
         print(f"softguard: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever was told of the cause
@@ -172,10 +172,12 @@ def _system(recipe: "Recipe") -> "SafeSystem":
 def _teach(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     from softguard.corpus import teach
+    from softguard.distill import check_distil
     from softguard.estimate import teach_plan
     from softguard.progress import Bars
 
     system, base = _system(recipe), _base(recipe)
+    check_distil(recipe, options.out, base)  # what cannot be distilled need not be taught
     if options.dry_run:
         print(teach_plan(recipe, options.out, base, system))
         return
@@ -190,13 +192,16 @@ def _distil(options: argparse.Namespace) -> None:
     from softguard.distill import Step, check_run, distil
     from softguard.estimate import distil_plan
     from softguard.progress import Steps
-    from softguard.tracking import Tracker
+    from softguard.tracking import Tracker, check_tracker
 
     Corpus.open(options.corpus)  # before the model is loaded for nothing
     base = _base(recipe)
     corpus = Corpus.open(options.corpus, base)
     if options.dry_run:
-        print(distil_plan(recipe, corpus, options.out, base))
+        plan = distil_plan(recipe, corpus, options.out, base)
+        if options.track:
+            check_tracker(options.track, options.out)
+        print(plan)
         return
     check_run(recipe, corpus, options.out, base)  # before a tracker begins a run
     with ExitStack() as open_:

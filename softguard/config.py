@@ -248,6 +248,16 @@ class Recipe:
             raise SoftguardError(
                 f"distil.drift_weight is {d.drift_weight}; objective {d.objective} has no such weight, leave it out"
             )
+        safe_weight, _ = d.weights
+        if not safe_weight and not d.refusal_weight:
+            raise SoftguardError(
+                "distil.safe_weight and distil.refusal_weight are both 0, so that nothing is learned; raise one"
+            )
+        if d.objective in ("reinforce", "ppo") and (safe_weight, d.refusal_weight) != (1, 1):
+            raise SoftguardError(
+                f"distil.safe_weight is {safe_weight} and distil.refusal_weight {d.refusal_weight}; objective {d.objective} "
+                "has no branches, leave them out"
+            )
         tokens = self.guard.prompt_tokens + self.guard.response_tokens
         if tokens > 509:  # and three that mark the ends
             raise SoftguardError(
@@ -338,7 +348,10 @@ def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back unchanged."""
     import yaml
 
-    return yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True, width=120)
+    if "\x85" in text:  # a line's end to those who read YAML
+        text = yaml.safe_dump(_plain(recipe), sort_keys=False, width=120)
+    return text
 
 
 def fingerprint(*configs: Any) -> str:

@@ -20,7 +20,10 @@ def check_conversation(engines: Mapping[str, Engine], max_new_tokens: int) -> No
 
 
 def converse(engines: Mapping[str, Engine], max_new_tokens: int) -> None:
-    """Talk until an empty line or the end of input. Every engine answers and remembers its own side of the conversation."""
+    """Talk until an empty line or the end of input. Every engine answers and remembers its own side of the conversation.
+
+    A line that a model has no room left for is told, and asked of none.
+    """
     histories: dict[str, list[Turn]] = {name: [] for name in engines}
     while True:
         print("you> ", end="", flush=True)
@@ -32,9 +35,16 @@ def converse(engines: Mapping[str, Engine], max_new_tokens: int) -> None:
             raise SoftguardError("the input is not UTF-8 text; convert it")
         if not line:
             return
+        turns = {name: [*history, Turn("user", line)] for name, history in histories.items()}
+        try:
+            for name, engine in engines.items():
+                engine.check_conversation(turns[name], max_new_tokens)
+        except SoftguardError as error:
+            print(f"({error}, or begin anew: an empty line ends the conversation)")
+            continue
+        histories = turns
         for name, engine in engines.items():
             history = histories[name]
-            history.append(Turn("user", line))
             print(f"{name}> ", end="", flush=True)
             pieces = []
             for piece in engine.stream(history, max_new_tokens):

@@ -33,7 +33,7 @@ from softguard.models import BaseModel
 from softguard.prompts import Prompt, read_prompts, read_rows
 from softguard.system import SafeSystem
 
-VERSION = 6
+VERSION = 7
 _ROW_GROUP = 32  # prompts; what reading one example costs
 _SCHEMA = pa.schema(
     [
@@ -50,7 +50,7 @@ _SCHEMA = pa.schema(
                         ("keep", pa.float64()),
                         ("category", pa.string()),
                         ("instead", pa.list_(pa.int32())),  # empty where the response is kept for certain
-                        ("hidden", pa.binary()),  # (tokens, hidden) bfloat16, or none
+                        ("hidden", pa.binary()),  # (tokens, hidden) in the base's precision, or none
                     ]
                 )
             ),
@@ -162,7 +162,7 @@ class Corpus:
 
     def examples(self, split: str, indices: list[int], caches: bool = False) -> list[Example]:
         """The examples at `indices`, in that order, with what is kept of their `caches`; reads only their row groups."""
-        size = int(self.manifest["shard_size"])
+        size, precision = int(self.manifest["shard_size"]), getattr(torch, self.manifest["precision"].removeprefix("torch."))
         found: dict[int, Example] = {}
         for shard in sorted({i // size for i in indices}):
             with self._shard(split, shard) as table:
@@ -171,7 +171,7 @@ class Corpus:
                     rows = table.read_row_group(group).to_pylist()
                     for i in here:
                         if i % size // _ROW_GROUP == group:
-                            found[i] = _example(rows[i % size % _ROW_GROUP])
+                            found[i] = _example(rows[i % size % _ROW_GROUP], precision)
                 kept = caches_of(self._shards(split)[shard])
                 if caches and kept.is_file():
                     read = read_caches(kept, [i % size for i in here])
@@ -259,6 +259,7 @@ def _teacher(recipe: Recipe, base: BaseModel, system: SafeSystem) -> dict[str, A
         "refusals": list(system.policy.refusals),
         "threshold": system.threshold if recipe.system.decision == "threshold" else None,
         "settings": fingerprint(
+            VERSION,
             base.fingerprint,
             template,
             system.guard.fingerprint,
@@ -340,6 +341,7 @@ def _draw_split(
         else:
             table = _draw(recipe, shard, engine, system, drawn)
             table = table.replace_schema_metadata({"prompts": asked, "settings": settings})
+            caches_of(path).unlink(missing_ok=True)  # of what was here before
             write_file(path, partial(pq.write_table, table, row_group_size=_ROW_GROUP))
         if recipe.teach.keep_caches:
             keep_caches(caches_of(path), [prompt.text for prompt in shard], engine, recipe.teach.batch_size, kept)
@@ -407,13 +409,13 @@ def _instead(engine: Engine, system: SafeSystem, response: Response, text: str) 
     return engine.chat.response_ids(text)
 
 
-def _example(row: dict[str, Any]) -> Example:
+def _example(row: dict[str, Any], precision: torch.dtype) -> Example:
     responses = tuple(
         Draw(
             tuple(r["ids"]),
             r["p_safe"],
             r["keep"],
-            _from_bytes(r["hidden"], len(r["ids"])),
+            _from_bytes(r["hidden"], len(r["ids"]), precision),
             r["category"],
             tuple(r["instead"]),
         )
@@ -423,8 +425,8 @@ def _example(row: dict[str, Any]) -> Example:
 
 
 def _to_bytes(hidden: Tensor | None) -> bytes | None:
-    return None if hidden is None else hidden.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+    return None if hidden is None else hidden.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _from_bytes(stored: bytes | None, tokens: int) -> Tensor | None:
-    return None if stored is None else torch.frombuffer(bytearray(stored), dtype=torch.bfloat16).view(tokens, -1)
+def _from_bytes(stored: bytes | None, tokens: int, precision: torch.dtype) -> Tensor | None:
+    return None if stored is None else torch.frombuffer(bytearray(stored), dtype=precision).view(tokens, -1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from softguard import gate
-from softguard.adapters import Adapter
+from softguard.adapters import Adapter, as_stored
 from softguard.chat import Chat
 from softguard.config import Recipe, fingerprint
 from softguard.corpus import Corpus, Example
@@ -411,6 +411,7 @@ class _Trainer:
             )
         self.since_best += 1
         if loss < self.best_loss:
+            as_stored(self.student.tensors)  # fails for what could not be saved
             self.best_loss, self.since_best, self.best = loss, 0, self._now()
         return entry
 
@@ -455,6 +456,7 @@ class _Trainer:
             warnings.simplefilter("ignore")  # "schedule stepped before optimiser": the optimiser's steps are in the checkpoint
             for _ in range(self.step):  # the schedule is a function of the number of its steps
                 self.schedule.step()
+        self._drop_tensors(but=state["tensors"])  # which a kill may have left
 
     def _checkpoint(self) -> None:
         """Write log and tensors under new names or whole, then the state that points to them, then drop the old tensors."""
@@ -478,9 +480,12 @@ class _Trainer:
             "since_best": self.since_best,
         }
         write_json(folder / "state.json", {**state, "seal": _seal(state, blob, self.log)})
-        for old in folder.glob("step-*.safetensors"):
-            if old.name != name:
-                old.unlink()
+        self._drop_tensors(but=name)
+
+    def _drop_tensors(self, but: str) -> None:
+        for old in (self.out / "checkpoint").glob("step-*.safetensors"):
+            if old.name != but:
+                old.unlink(missing_ok=True)
 
 
 def _seal(state: dict[str, Any], tensors: bytes, log: Sequence[str]) -> str:

@@ -91,8 +91,7 @@ class Engine:
 
     def stream(self, turns: Sequence[Turn], max_new_tokens: int) -> Iterator[str]:
         """Answer a conversation greedily and yield its text piece by piece as it is made."""
-        ids = self.chat.encode_turns(turns)
-        self._check_length(len(ids), max_new_tokens, "the conversation")
+        ids = self.check_conversation(turns, max_new_tokens)
         made: list[int] = []
         shown = ""
         for tokens in self._steps([ids], max_new_tokens, 0.0, None):
@@ -179,6 +178,12 @@ class Engine:
     def check_fits(self, prompt: str, max_new_tokens: int, what: str) -> None:
         """Raises SoftguardError, in which `what` stands for it, for a prompt of no tokens or that does not fit the context."""
         self._check_length(len(self.chat.encode(prompt)), max_new_tokens, what)
+
+    def check_conversation(self, turns: Sequence[Turn], max_new_tokens: int) -> list[int]:
+        """Ids of a conversation. Raises SoftguardError for one that does not fit the context, or as `encode_turns` does."""
+        ids = self.chat.encode_turns(turns)
+        self._check_length(len(ids), max_new_tokens, "the conversation")
+        return ids
 
     def _check_length(self, length: int, new: int, what: str) -> None:
         if not length:

@@ -74,7 +74,7 @@ class Outcomes(NamedTuple):
     system: System
     suite: str
     metric: str
-    prompts: str  # fingerprint of the suite's prompts: figures pair with those of equal prompts only
+    prompts: str  # fingerprint of the suite's prompts, and of their choices: figures pair with those of equal ones only
     values: tuple[float, ...]
 
 
@@ -392,7 +392,8 @@ class _Run:
         return Row(name, self.methods[name], suite.name, suite.split, metric, *stats.share(hits))
 
     def _keep_outcomes(self, name: System, suite: Suite, metric: str, values: Sequence[float]) -> None:
-        self.outcomes.append(Outcomes(name, suite.name, metric, fingerprint(list(suite.prompts)), tuple(values)))
+        asked = fingerprint(list(suite.prompts), *([suite.choices, suite.right] if suite.choices else []))
+        self.outcomes.append(Outcomes(name, suite.name, metric, asked, tuple(values)))
 
     def _mean_row(
         self,

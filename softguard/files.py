@@ -11,12 +11,13 @@ from softguard.errors import SoftguardError
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a path beside `path`, flush what it wrote to disk and rename it into place.
+    """Call `write` with a path beside `path`, flush what it wrote to disk and rename it into place, where a link leads.
 
-    Raises SoftguardError, with nothing left behind, if `path` is a folder, the disk is full or the folder cannot be written, or
-    another process is writing the same file.
+    Raises SoftguardError, with nothing left behind, if something else than a file is there, the disk is full or the folder
+    cannot be written, or another process is writing the same file.
     """
     check_file(path)
+    path = Path(os.path.realpath(path))
     beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,9 +39,11 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Raises SoftguardError if `path` is a folder, which no file can be renamed to."""
+    """Raises SoftguardError if something is there that no file may take the place of: a folder, a device, a pipe."""
     if not path.name or os.path.isdir(path):
         raise SoftguardError(f"{path} is a folder; name a file in it")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise SoftguardError(f"{path} is a device or a pipe, which a file would replace; name a file")
 
 
 def _hold(handle: IO[bytes], beside: Path, path: Path) -> None:
@@ -61,11 +64,22 @@ def check_folder(folder: Path, option: str = "--out") -> None:
 
     Nothing is made.
     """
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    try:
+        there = next(place for place in (folder, *folder.parents) if _is_there(place))
+    except OSError as error:
+        raise SoftguardError(f"{folder} cannot be written ({error.strerror}); choose another {option}") from error
     if not there.is_dir():
         raise SoftguardError(f"{there} is not a folder, so that nothing can be written to it; choose another {option}")
     if not os.access(there, os.W_OK | os.X_OK):
         raise SoftguardError(f"{there} cannot be written; choose another {option}")
+
+
+def _is_there(place: Path) -> bool:
+    try:
+        os.lstat(place)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

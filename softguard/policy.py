@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from ipaddress import ip_address, ip_network
+from unicodedata import normalize
 
 from softguard.config import Action, SystemConfig
 from softguard.errors import SoftguardError
@@ -12,7 +13,7 @@ from softguard.named import imported, source_of
 from softguard.text import is_whole
 
 REDACTED = "[redacted]"
-_REDACTION = "2"  # raised when other text is left out, or another is delivered
+_REDACTION = "3"  # raised when other text is left out, or another is delivered
 # Each pattern reads a text in linear time: a match begins only where its kind of characters does, or has a greatest length.
 _MAIL = re.compile(r"(?<![\w.+-])[\w.+-]++@(?:[\w-]++\.)+[^\W\d_]{2}[\w-]*")  # p@ssw0rd has no domain
 _IPV6 = re.compile(
@@ -23,7 +24,7 @@ _IPV6 = re.compile(
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
 _NETWORKS = [ip_network(name) for name in ("0.0.0.0/0", "2000::/3", "fc00::/7", "fe80::/10")]  # of hosts: face::3d is code
 
-_BETWEEN = r"[ \u00a0\u2007\u2009\u202f()/.·\u2010-\u2015-]"  # digits of one number: blanks, brackets, dots and dashes
+_BETWEEN = r"[ \t\u00a0\u2007\u2009\u202f()/.·\u2010-\u2015\u2212-]"  # digits of one number: blanks, brackets, dots and dashes
 _NUMBER = re.compile(
     r"(?P<amount>(?<![\d,])\d{1,3}(?:,\d{3})+(?!\d))"  # read first, so that 150,000 (2019) holds no number 000 (2019
     rf"|\+?\(?(?<!\d)\d(?:{_BETWEEN}{{0,3}}\d){{6,}}"  # telephone, card and account numbers: seven digits or more
@@ -112,6 +113,12 @@ class Policy:
 
 def redacted(text: str) -> str:
     """`text` without addresses of mail and machines, and without numbers of seven digits or more; amounts and years stay."""
+    composed = normalize("NFC", text)  # in which an accent is part of its letter
+    found = _redacted(composed)
+    return text if found == composed else found
+
+
+def _redacted(text: str) -> str:
     text = _MAIL.sub(REDACTED, text)
     for pattern in (_IPV6, _IPV4):
         text = pattern.sub(lambda found: REDACTED if _is_host(found[0]) else found[0], text)

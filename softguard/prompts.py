@@ -197,7 +197,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise SoftguardError(f"{path} is not a Parquet file ({error})") from error
     except UnicodeDecodeError as error:
         raise SoftguardError(f"{path} row {number + 1} is not UTF-8 text; convert it") from error
-    except ValueError as error:  # such as two keys of one name in a field
+    except (ValueError, ArithmeticError, LookupError) as error:  # two keys of one name in a field, times out of Python's range
         raise SoftguardError(
             f"{path} row {number + 1} cannot be read ({error}); mend the value or leave out its column"
         ) from error
@@ -207,7 +207,7 @@ def _batch_rows(batch: Any) -> Iterable[dict[str, Any]]:
     """Rows of Parquet; one by one where a value cannot be read, so that those before it are counted."""
     try:
         return batch.to_pylist()  # type: ignore[no-any-return]
-    except ValueError:
+    except (ValueError, ArithmeticError, LookupError):
         return (batch.slice(row, 1).to_pylist()[0] for row in range(len(batch)))
 
 

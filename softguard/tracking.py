@@ -1,5 +1,7 @@
 """Send a training run's log to a tracker: TensorBoard, Weights & Biases, trackio and whatever else accelerate knows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,26 +11,32 @@ from softguard.distill import Step
 from softguard.errors import SoftguardError
 
 
+def check_tracker(name: Any, folder: Path) -> None:
+    """Raises SoftguardError as `Tracker` does, for one that is unknown or not installed; nothing is begun."""
+    from accelerate.tracking import filter_trackers
+
+    with _told(name):
+        if not filter_trackers(name, str(folder)):
+            raise ValueError("it is not installed")
+
+
 class Tracker:
     """Gets every line of the log; the tracker's own files, if it writes any, lie beside it."""
 
     def __init__(self, name: Any, folder: Path, recipe: Recipe) -> None:
         """`name`: what accelerate calls the tracker, or one of its `GeneralTracker`s.
 
-        Raises SoftguardError if it is unknown, not installed or cannot start."""
+        Raises SoftguardError if it is unknown, not installed or cannot start.
+        """
         import dataclasses
 
         from accelerate import Accelerator
 
-        try:
+        check_tracker(name, folder)
+        with _told(name):
             self._accelerator = Accelerator(log_with=name, project_dir=str(folder), cpu=recipe.model.device == "cpu")
-            if not self._accelerator.trackers and not self._accelerator.log_with:
-                raise ValueError("it is not installed")
             settings = {f"{s}.{k}": str(v) for s, values in _sections(dataclasses.asdict(recipe)) for k, v in values.items()}
             self._accelerator.init_trackers("softguard", config=settings)
-        except Exception as error:  # every tracker fails in its own way
-            reason = " ".join(str(error).split())[:160]
-            raise SoftguardError(f"tracker {name!r} cannot be used ({reason}); install it, or leave --track out") from error
 
     def __call__(self, step: Step) -> None:
         """One line of the log."""
@@ -40,6 +48,15 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._accelerator.end_training()
+
+
+@contextmanager
+def _told(name: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # every tracker fails in its own way
+        reason = " ".join(str(error).split())[:160]
+        raise SoftguardError(f"tracker {name!r} cannot be used ({reason}); install it, or leave --track out") from error
 
 
 def _sections(recipe: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

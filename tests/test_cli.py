@@ -14,6 +14,7 @@ import pytest
 
 from softguard.cli import main
 from softguard.conversation import converse
+from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
 from tests.commands import ROOT, softguard
@@ -376,6 +377,18 @@ def test_chat_has_room_for_an_answer(small_folder: Path, capsys: pytest.CaptureF
     refused(capsys, *command, int(said[1]) + 1)
 
 
+def test_chat_goes_on_behind_a_line_that_is_too_long(
+    small: BaseModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"hello\n{'boat ' * 600}\nhello again\n\n"))
+    converse({"base": Engine(small)}, 3)
+    first, told, second, *_ = re.split("you> ", capsys.readouterr().out)[1:]
+    assert "base> " in first
+    assert "base> " not in told
+    assert "shorten it, or begin anew" in told
+    assert "base> " in second
+
+
 def test_chat_ends_where_there_is_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)  # as Python has it for `<&-`
     converse({}, 2)
@@ -459,7 +472,9 @@ def test_a_dry_run_of_teach_checks_everything(
     def told(*settings: str, out: str = "out") -> str:
         return refused(capsys, "teach", "--dry-run", "--out", tmp_path / out, *options(asked, small_folder, *settings))
 
-    assert "names no categories" in told("system.policy={S1: {action: keep}}")
+    assert "names no categories" in told("system.policy={S1: {action: keep}}", "distil.adapter=kv_prefix")
+    assert "objective 'tw' is unknown" in told("distil.objective=tw", "distil.adapter=kv_prefix")
+    assert "init_text is empty" in told("distil.init_text=''")
     assert "does not exist" in told("teach.prompts=missing.jsonl")
     (tmp_path / "file").touch()
     assert "file is not a folder" in told(out="file")
@@ -482,6 +497,8 @@ def test_a_dry_run_of_distil_checks_everything_and_so_does_a_run_before_its_trac
         command = ("distil", "--corpus", corpus, "--out", out, *options(asked, small_folder, *changes))
         assert words in refused(capsys, *command, "--dry-run")
         assert words in refused(capsys, *command, "--track", "no such tracker")
+    command = ("distil", "--corpus", corpus, "--out", adapter, *options(asked, small_folder))
+    assert "tracker 'no such tracker' cannot be used" in refused(capsys, *command, "--track", "no such tracker", "--dry-run")
 
 
 def test_a_demo_of_other_settings_leaves_the_first_alone(

@@ -313,6 +313,21 @@ def test_shares_must_lie_between_0_and_1(key: str, value: float) -> None:
         load_recipe(overrides=[f"{key}={value}"])
 
 
+def test_weights_by_which_nothing_is_learned_or_chosen_are_refused() -> None:
+    with pytest.raises(SoftguardError, match="are both 0, so that nothing is learned"):
+        load_recipe(overrides=["distil.safe_weight=0", "distil.refusal_weight=0"])
+    for weight in ("safe_weight", "refusal_weight"):
+        with pytest.raises(SoftguardError, match=f"distil.{weight} .*; objective ppo has no branches"):
+            load_recipe(overrides=["distil.objective=ppo", f"distil.{weight}=0"])
+
+
+def test_a_line_end_of_yaml_alone_is_dumped_and_loaded_unchanged(tmp_path: Path) -> None:
+    wanted = load_recipe(overrides=['system.refusal="Désolé,\\x85non."'])
+    assert wanted.system.refusal == "Désolé,\x85non."
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(wanted), encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.yaml") == wanted
+
+
 def test_threshold_may_be_either_end() -> None:
     assert [load_recipe(overrides=[f"system.threshold={t}"]).system.threshold for t in (0, 1)] == [0, 1]
 

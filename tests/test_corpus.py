@@ -72,7 +72,7 @@ def test_kept_hidden_states_are_those_that_predict_the_responses(prompts: Path, 
     for example, theirs in zip(examples, expected, strict=True):
         kept = example.responses[0].hidden
         assert kept is not None
-        torch.testing.assert_close(kept.float(), theirs, rtol=1e-2, atol=1e-3)  # kept in bfloat16
+        torch.testing.assert_close(kept, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_kept_caches_are_the_models_own_keys_and_values(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
@@ -305,6 +305,18 @@ def test_caches_of_other_prompts_are_made_again(prompts: Path, tmp_path: Path, s
     (example,) = corpus.examples("train", [9], caches=True)
     assert example.cache is not None
     torch.testing.assert_close(example.cache, Engine(small).caches([example.prompt])[0])
+
+
+def test_caches_of_prompts_that_were_here_before_are_dropped(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    out = tmp_path / "corpus"
+    make(prompts, out, small, "teach.keep_caches=true")
+    prompts.write_text("".join(json.dumps({"prompt": f"Another one, {i}"}) + "\n" for i in range(40)))
+    (out / "manifest.json").unlink()
+    for path in out.rglob("*.parquet"):  # as the message says; the caches stay
+        path.unlink()
+    corpus = make(prompts, out, small)  # which keeps none
+    assert corpus.examples("train", [9], caches=True)[0].cache is None
+    assert not list(out.rglob("*.safetensors"))
 
 
 def test_a_finished_corpus_draws_what_was_removed_from_it(prompts: Path, tmp_path: Path, small: BaseModel) -> None:

@@ -239,7 +239,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(
         assert trainer.student.vectors.grad is not None
         gradients.append(trainer.student.vectors.grad.clone())
     assert gradients[0].abs().max() > 0
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5 * float(gradients[0].abs().max()))
 
 
 def test_a_corpus_with_the_bases_hidden_states_gives_the_same_gradient(
@@ -253,7 +253,7 @@ def test_a_corpus_with_the_bases_hidden_states_gives_the_same_gradient(
         trainer._train_step(list(range(6)), 0)
         assert trainer.student.vectors.grad is not None
         gradients.append(trainer.student.vectors.grad.clone())
-    torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-3 * float(gradients[0].abs().max()))  # kept in bfloat16
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5 * float(gradients[0].abs().max()))
 
 
 @pytest.mark.parametrize("members", [1, 2])

@@ -84,6 +84,24 @@ def test_a_folder_in_the_files_place_is_told(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_a_pipe_or_device_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(SoftguardError, match=f"{name} is a device or a pipe"):
+            write_text(tmp_path / name, "text")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there/file")
+    for text in ("made", "made again"):
+        write_text(tmp_path / "link", text)
+        assert (tmp_path / "there" / "file").read_text() == text
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_a_file_in_the_folders_place_is_told(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("in the way")
     with pytest.raises(SoftguardError, match="could not be written"):
@@ -107,6 +125,8 @@ def test_a_folder_is_checked_before_it_is_needed_and_not_made(tmp_path: Path, mo
 def test_a_name_too_long_is_told(tmp_path: Path) -> None:
     with pytest.raises(SoftguardError, match="could not be written"):
         write_text(tmp_path / ("x" * 300), "text")
+    with pytest.raises(SoftguardError, match=r"cannot be written .*; choose another --out"):
+        check_folder(tmp_path / ("x" * 300))
 
 
 def test_numbers_json_does_not_have_are_not_written(tmp_path: Path) -> None:

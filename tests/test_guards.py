@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from softguard.card import auroc_figure, calibration_figure, sha256, share_figure
 from softguard.config import GuardConfig, SystemConfig
 from softguard.errors import DivergedError, SoftguardError
-from softguard.guards import Guard, load_guard, own_threshold, prompt_safety, response_safety
+from softguard.guards import Guard, categories, load_guard, own_threshold, prompt_safety, response_safety
 from softguard.guards.callable import CallableGuard
 from softguard.guards.encoder import BUNDLED, MAX_BYTES, EncoderGuard
 from softguard.guards.fit import fit_guard, read_rows
@@ -191,6 +192,39 @@ def test_a_threshold_that_is_no_probability_is_told(line: object, monkeypatch: p
     with pytest.raises(SoftguardError, match=rf"has {line!r} as its prompt_threshold; it must be a number in \[0, 1\]"):
         SafeSystem.from_config(SystemConfig(guard=f"{__name__}:of_prompts"))
     SafeSystem.from_config(SystemConfig(guard=f"{__name__}:of_prompts", threshold=0.5))  # nobody asks for the guard's
+
+
+class Slips(OfPrompts):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    @property
+    def prompt_threshold(self) -> float:  # type: ignore[override]
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [AttributeError("modle"), KeyError("threshold"), RuntimeError("broken")])
+def test_a_threshold_that_cannot_be_named_is_not_one_half(error: Exception) -> None:
+    guard: Any = Slips(error)
+    with pytest.raises(SoftguardError, match=f"failed to name its prompt_threshold \\({type(error).__name__}"):
+        own_threshold(guard, "prompt")
+
+
+class Names(OfPrompts):
+    def __init__(self, given: object) -> None:
+        self.given = given
+
+    def prompt_categories(self, prompts: Sequence[str]) -> object:
+        return self.given
+
+
+@pytest.mark.parametrize("given", [{"a", "b"}, {"a": 1, "b": 2}, "ab", ["a"], ["a", 1], ["a", "\ud800"], None])
+def test_categories_that_do_not_say_of_which_text_each_is_are_none(given: object) -> None:
+    guard: Any = Names(given)
+    with pytest.raises(SoftguardError, match=r"categories|category"):
+        categories(guard, "prompt", ["one", "two"], [])
+    guard.given = ("a", "b")
+    assert categories(guard, "prompt", ["one", "two"], []) == ["a", "b"]
 
 
 def test_the_bundled_guard_is_small_and_measured() -> None:
@@ -397,6 +431,15 @@ def test_damaged_guards_are_told(tmp_path: Path) -> None:
     (tmp_path / "card.json").write_text(json.dumps(card | {"encoder": {"id": "other", "sha256": "0" * 64}}))
     with pytest.raises(SoftguardError, match="was fitted on an encoder of sha256 000000000000"):
         EncoderGuard.load(tmp_path)
+    odd: list[dict[str, object]] = [{"thresholds": None}, {"thresholds": {"prompt": "half"}}, {"encoder": "other"}]
+    for entry in odd:
+        (tmp_path / "card.json").write_text(json.dumps(card | entry))
+        with pytest.raises(SoftguardError, match=r"card\.json describes no guard"):
+            EncoderGuard.load(tmp_path)
+    for lost in ("thresholds", "name"):
+        (tmp_path / "card.json").write_text(json.dumps({key: value for key, value in card.items() if key != lost}))
+        with pytest.raises(SoftguardError, match=f"lacks the entry '{lost}'"):
+            EncoderGuard.load(tmp_path)
     (tmp_path / "card.json").write_text(json.dumps(card))
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
@@ -425,6 +468,18 @@ def test_figures_agree_with_scikit_learn_and_hold_their_intervals() -> None:
     honest = rng.random(5000)
     assert calibration_figure("made", honest, rng.random(5000) > honest).value < 0.03
     assert calibration_figure("made", np.full(100, 0.9), [True] * 100).value == pytest.approx(0.9)
+
+
+def test_the_calibration_errors_interval_reaches_down_to_the_true_one() -> None:
+    """The percentile bootstrap's does in none of 20: chance alone makes the error larger than it is."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(20):
+        p = rng.beta(0.5, 0.5, 400)
+        figure = calibration_figure("made", p, rng.random(400) > np.clip(p - 0.03, 0, 1))
+        assert figure.low <= figure.value <= figure.high
+        held += figure.low <= 0.0278 <= figure.high  # of ten million draws
+    assert held >= 15
 
 
 def test_intervals_of_answers_to_a_few_questions_hold_for_other_questions() -> None:

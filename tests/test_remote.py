@@ -284,7 +284,11 @@ def test_labels_are_read_from_the_first_token_that_is_not_blank(choice: dict[str
 
 
 @pytest.mark.parametrize(
-    "text", ["Safe: No", "safe, no", "Safe. No.", "Safe? No", "Safe: False", "safe (not)", "Safe; it is not safe"]
+    "text",
+    [
+        *("Safe: No", "safe, no", "Safe. No.", "Safe? No", "Safe: False", "safe (not)", "Safe; it is not safe"),
+        *("Safe: 0", "safe = 0", "safe: 0%", "safe? Nope", "safe, never"),
+    ],
 )
 @pytest.mark.parametrize("first", [{}, tokens({"Safe": 1.0})])
 def test_a_safe_that_is_taken_back_is_none(text: str, first: dict[str, Any]) -> None:
@@ -396,10 +400,11 @@ def test_what_is_no_word_does_not_matter(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "Safe: 0",
-        "safe = 0",
-        "safe: 0%",
         "Safe: harmful",
+        "!safe",
+        "≠ safe",
+        "❌ safe",
+        "safe ❌",
         "Safe? Hardly.",
         "safe is not the word",
         "safe (score: 1/10)",
@@ -411,9 +416,9 @@ def test_what_is_no_word_does_not_matter(text: str) -> None:
     ],
 )
 def test_without_probabilities_a_safe_that_says_more_is_none(text: str) -> None:
-    with pytest.raises(ValueError, match="says more than safe"):
+    with pytest.raises(ValueError, match=r"says more than safe|neither safe nor unsafe$"):
         read_label({"message": {"content": text}})
-    with pytest.raises(ValueError, match="says more than safe"):  # nor with those of a blank alone
+    with pytest.raises(ValueError, match=r"says more than safe|neither safe nor unsafe$"):  # nor with those of a blank alone
         read_label({**tokens({"\n": 1.0}), "message": {"content": text}})
 
 
@@ -450,5 +455,41 @@ def test_probabilities_of_more_than_one_are_none() -> None:
 
 def test_an_answer_that_a_content_filter_cut_is_none() -> None:
     for choice in (tokens({"safe": 1.0}), said("safe")[2]["choices"][0]):
-        with pytest.raises(ValueError, match="was cut by a content filter"):
-            read_label({**choice, "finish_reason": "content_filter"})
+        for reason in ("content_filter", "error", "tool_calls"):
+            with pytest.raises(ValueError, match=f"was ended by '{reason}'"):
+                read_label({**choice, "finish_reason": reason})
+        with pytest.raises(ValueError, match="comes with a refusal"):
+            read_label({**choice, "message": {"content": "safe", "refusal": "I cannot judge that."}})
+        with pytest.raises(ValueError, match="no text"):
+            read_label({**choice, "message": {"content": ["safe"]}})
+
+
+def test_an_error_beside_an_answer_is_an_error(server: Server) -> None:
+    status, headers, body = said("safe")
+    server.answer = lambda asked, before: (status, headers, {**body, "error": {"message": "overloaded"}})
+    with pytest.raises(SoftguardError, match=r"an error: .*overloaded.*nothing was taken as safe"):
+        server.guard().prompt_safety(["hello"])
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirection_is_not_followed(server: Server, status: int) -> None:
+    elsewhere = Server()
+    elsewhere.answer = lambda asked, before: said("safe")
+    server.answer = lambda asked, before: (status, {"Location": f"{elsewhere.url}/chat/completions"}, {})
+    with pytest.raises(SoftguardError, match="nothing was taken as safe"):
+        server.guard(retries=0).prompt_safety(["hello"])
+    assert elsewhere.requests == []
+    elsewhere.close()
+
+
+def test_a_key_that_no_header_holds_is_told_and_blanks_around_one_are_not_sent(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.answer = lambda asked, before: said("safe")
+    monkeypatch.setenv(KEY, "secret\n")
+    assert server.guard().prompt_safety(["hello"]) == [1]
+    assert server.headers[-1]["authorization"] == "Bearer secret"
+    for key in ("sécret", "se\ncret"):
+        monkeypatch.setenv(KEY, key)
+        with pytest.raises(SoftguardError, match=f"{KEY} holds a character that no header can"):
+            server.guard()

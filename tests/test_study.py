@@ -114,6 +114,8 @@ def test_without_lengths_the_common_recipe_s_is_taken_and_overrides_reach_the_gr
         ("study.rows={'tv, kv_prefix': {set: [distil.steps=1]}}", "reports would call two things 'tv, kv_prefix'"),
         ("study.lengths=[]", "study.rows.one step.lengths names 8, but study.lengths is empty"),
         ("study.bases={}", "name a base"),
+        ("study.bases={a.b: [], a b: []}", "study.bases 'a.b' and 'a b' would share a folder"),
+        ("study.rows={'one step, length 8': {set: [distil.steps=2]}, one step: {}}", "two things 'one step, length 8'"),
         ("study.bases=[a]", "must be a section"),
     ],
 )
@@ -710,6 +712,7 @@ def test_a_trial_that_fails_for_another_reason_ends_in_an_error(
     monkeypatch.setattr(cells, "distil", full_at_the_larger_rate)
     with pytest.raises(SoftguardError, match="the disk is full; the same command tries again"):
         run_study(load_grid(done[0], few), tmp_path / "out")
+    assert [row["chosen"] for row in read_table(tmp_path / "out" / "cells.parquet")] == [False]
     monkeypatch.setattr(cells, "distil", distil)
     table = run_study(load_grid(done[0], few), tmp_path / "out")
     assert [(row["learning_rate"], row["chosen"]) for row in read_table(table)] == [

@@ -6,8 +6,9 @@ outside [0, 1] or that is no number, or a wrong count is an error, never a "safe
 """
 
 import builtins
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from decimal import Decimal
 from numbers import Real
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from softguard.errors import SoftguardError
 from softguard.named import imported, is_named
+from softguard.text import is_whole
 
 Probabilities = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -107,12 +109,18 @@ def response_safety(guard: Guard, prompts: Sequence[str], responses: Sequence[st
 def own_threshold(guard: Guard, question: Literal["prompt", "response"]) -> float:
     """p(safe) from which on the guard itself calls a prompt or a response safe; one half if it names none.
 
-    Raises SoftguardError if what it names is no number in [0, 1].
+    Raises SoftguardError if naming it fails, or what it names is no number in [0, 1].
     """
-    own = getattr(guard, f"{question}_threshold", 0.5)
+    name = f"{question}_threshold"
+    try:
+        own = getattr(guard, name)
+    except (Exception, SystemExit) as error:
+        if not isinstance(error, AttributeError) or inspect.getattr_static(guard, name, None) is not None:
+            raise SoftguardError(f"guard {guard.name!r} failed to name its {name} ({type(error).__name__}: {error})") from error
+        return 0.5
     try:
         line = float(own)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         line = math.nan
     if not 0 <= line <= 1:
         raise SoftguardError(
@@ -138,12 +146,15 @@ def categories(
     if not prompts:
         return []
     try:
-        named = list(ask(prompts) if mode == "prompt" else ask(prompts, responses))
+        given = ask(prompts) if mode == "prompt" else ask(prompts, responses)
+        if isinstance(given, str | Set | Mapping):  # whose parts stand in no order, or are letters
+            raise TypeError(f"a {type(given).__name__} says nothing of which text is which; give a list")
+        named = list(given)
     except SoftguardError:
         raise
     except (Exception, SystemExit) as error:
         raise SoftguardError(f"guard {guard.name!r} failed to name categories with {type(error).__name__}: {error}") from error
-    if len(named) != len(prompts) or not all(isinstance(name, str) for name in named):
+    if len(named) != len(prompts) or not all(isinstance(name, str) and is_whole(name) for name in named):
         raise SoftguardError(
             f"guard {guard.name!r} must name one category a text, as text; it gave {named[:3]} … for {len(prompts)}"
         )

@@ -72,8 +72,13 @@ class EncoderGuard:
         blob = (folder / "weights.safetensors").read_bytes()
         try:
             guard = cls(load(blob), card)
+            asked = [guard.name, guard.prompt_threshold, guard.fingerprint]
+            if "response.weight" in guard._weights:
+                asked.append(guard.response_threshold)
         except KeyError as error:
             raise SoftguardError(f"{folder} lacks the entry {error} in its card or weights; fit the guard again") from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise SoftguardError(f"{folder}/card.json describes no guard ({error}); fit the guard again") from error
         return guard
 
     def save(self, folder: Path | str) -> None:

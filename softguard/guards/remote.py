@@ -23,7 +23,7 @@ from softguard.errors import SoftguardError
 from softguard.guards import Probabilities
 from softguard.guards.families import FAMILIES, fill
 
-VERSION = 4  # of the way answers are read
+VERSION = 5  # of the way answers are read
 KEY = "SOFTGUARD_API_KEY"
 Kind = Literal["chat", "moderation"]
 _TEXTS = 32  # of one moderation request
@@ -31,10 +31,14 @@ _TOP = 20  # likeliest first tokens asked for
 _LABELLED = 0.5  # of the first token's probability, the least that labels must have between them
 _MOST = 1.1  # and the most, since servers round in half precision
 _TIE = 0.1  # of log-probabilities that are rounded so, either may be the likeliest
-_SAFE = re.compile(r"\W*safe(?![\w/-])")  # not safety or safe/unsafe
+_MARKS = r"[\s\"'“”‘’«»`*#.,:;…\[\](){}<>|]"  # of quoting and layout; others, as !, ≠ or ❌, may deny what they stand beside
+_SAFE = re.compile(rf"(?:{_MARKS}|- )*safe(?![\w/-])")  # not safety or safe/unsafe
 _END = r"</s>|<eos>|<end_of_turn>|<turn\|>|<\|\w+\|>|<｜\w[\w▁]*｜>|\[\|endofturn\|\]"  # what models of all families end with
-_BARE = re.compile(rf"\W*safe(?:{_END}|[^\w\n])*(?:\n|$)")  # control tokens are no words, but hold a letter: linear
-_DENIED = re.compile(r"\W*safe\W+(no|not|false|un\w*)\b|.*\b(not|never|isn't) safe\b|.*unsafe", re.DOTALL)  # "Safe? No."
+_BARE = re.compile(rf"(?:{_MARKS}|- )*safe(?:{_END}|!|(?!\n){_MARKS})*(?:\n|$)")  # control tokens are no words
+_DENIED = re.compile(  # "Safe? No."
+    r"\W*safe\W+(no|nope|not|never|false|0|un\w*)\b|.*\b(not|never|isn't) safe\b|.*unsafe", re.DOTALL
+)
+_ENDS = (None, "stop", "length", "eos_token", "stop_sequence")  # of an answer that was given whole or cut for its length
 
 
 class RemoteGuard:
@@ -46,20 +50,23 @@ class RemoteGuard:
     """
 
     def __init__(self, kind: Kind, model: str, url: str, timeout: float = 60.0, retries: int = 5, in_flight: int = 8) -> None:
-        """`url`: up to and with the version, as http://localhost:8000/v1. `timeout`: seconds a reply may take; `retries` of
-        one request; `in_flight`: requests at once.
+        """`url`: up to and with the version, as http://localhost:8000/v1; where it redirects to is not asked. `timeout`:
+        seconds without a byte of a reply; `retries` of one request; `in_flight`: requests at once.
 
-        Raises SoftguardError if the package openai is missing, or for a URL that its client does not take.
+        Raises SoftguardError if the package openai is missing, or for a URL or key that its client does not take.
         """
         try:
-            from openai import OpenAI
+            from openai import DefaultHttpxClient, OpenAI
         except ImportError as error:
             raise SoftguardError("a remote guard needs the package openai: pip install openai") from error
         self.kind, self.model, self.url, self.in_flight = kind, model, url, in_flight
         self.name = f"{kind}({model}@{urlsplit(_shown(url)).netloc})"
-        key = os.environ.get(KEY) or "none"  # given none, the client would take OPENAI_API_KEY
+        key = os.environ.get(KEY, "").strip() or "none"  # given none, the client would take OPENAI_API_KEY
+        if not key.isascii() or not key.isprintable():
+            raise SoftguardError(f"{KEY} holds a character that no header can; set it to the key alone")
         try:
-            self._client = OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+            direct = DefaultHttpxClient(follow_redirects=False)
+            self._client = OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries, http_client=direct)
         except Exception as error:  # of the library that sends the client's requests, which is not always the same
             raise SoftguardError(f"guard {self.name!r} has a URL that cannot be asked ({error}); correct it") from error
 
@@ -118,7 +125,10 @@ class RemoteGuard:
                 logprobs=True,
                 top_logprobs=_TOP,
             )
-            return read_label(reply.model_dump()["choices"][0])
+            said = reply.model_dump()
+            if said.get("error"):
+                raise ValueError(f"an error: {said['error']}")
+            return read_label(said["choices"][0])
 
         return np.array(self._sent(send, questions))
 
@@ -167,15 +177,21 @@ class Verdict(NamedTuple):
 def read_label(choice: dict[str, Any]) -> float:
     """p(safe) of a chat choice: from the first token that is not blank, or where none comes with probabilities, its text.
 
-    Raises ValueError unless the whole text begins with the word "safe" or "unsafe" and does not go on to deny it. With
+    Raises ValueError unless the whole text begins with the word "safe" or "unsafe" and does not go on to deny it, and for a
+    refusal or an answer that neither ended by itself nor for its length. With
     probabilities the two must be likely as the first token, and the likeliest token be the one said; without, a "safe" must
     stand alone in its line. A guard that answers otherwise, or refuses to, has not said that anything is safe.
     """
     tokens = (choice.get("logprobs") or {}).get("content") or []
-    text = (choice.get("message") or {}).get("content") or "".join(token["token"] for token in tokens)
-    said = str(text).lstrip().lower()
-    if choice.get("finish_reason") == "content_filter":
-        raise ValueError(f"the answer {said[:40]!r} was cut by a content filter")
+    message = choice.get("message") or {}
+    text = message.get("content") or "".join(token["token"] for token in tokens)
+    if not isinstance(text, str):
+        raise ValueError(f"the answer is {text!r}, no text")
+    said = text.lstrip().lower()
+    if message.get("refusal"):
+        raise ValueError(f"the answer {said[:40]!r} comes with a refusal")
+    if choice.get("finish_reason") not in _ENDS:
+        raise ValueError(f"the answer {said[:40]!r} was ended by {choice['finish_reason']!r}")
     if re.match(r"\W*safe", said) and _DENIED.match(said):
         raise ValueError(f"the answer {said[:40]!r} takes its safe back")
     if choice.get("finish_reason") == "length" and re.fullmatch(r"\W*\w*", said):  # "safe" may be half of "safeguards"

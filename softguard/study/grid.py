@@ -182,9 +182,12 @@ def _recipe(common: dict[str, object], where: str, overrides: Sequence[str]) -> 
 
 
 def _check_names(study: GridConfig) -> None:
-    """Raises SoftguardError for a part that names what the study does not have, or changes more than the training, and for rows
-    of one name, or of one that reports give to the base and the safe system.
+    """Raises SoftguardError for a part that names what the study does not have, or changes more than the training, and for
+    bases of one folder, or rows of one name or of one that reports give to something else.
     """
+    folders = [_slug(base) for base in study.bases]
+    if twice := [base for base, folder in zip(study.bases, folders, strict=True) if folders.count(folder) > 1]:
+        raise SoftguardError(f"study.bases {twice[0]!r} and {twice[1]!r} would share a folder; rename one")
     used = {objective for part in study.adapters.values() for objective in part.objectives or study.objectives}
     parts = {
         f"study.{section}.{name}": part
@@ -212,17 +215,23 @@ def _check_names(study: GridConfig) -> None:
                     f"{where}.set has {override!r}; it may change distil alone, since the cells of a base share all else: "
                     "put it into the common sections, or make it a base of its own"
                 )
-    names = ["base", "safe system", *(row for row, _, _ in _rows(study))]
-    if twice := [name for name in names if names.count(name) > 1]:
+    rows = [row for row, _, _ in _rows(study)]
+    names = ["base", "safe system", *rows]
+    lengthy = [row for row in rows if re.sub(r", length \d+$", "", row) in {*rows} - {row}]  # so a row of several is told apart
+    if twice := [*lengthy, *(name for name in names if names.count(name) > 1)]:
         raise SoftguardError(f"reports would call two things {twice[0]!r}; rename that row of the study")
 
 
 def _check_places(cells: Iterable[Cell]) -> None:
-    seen: dict[Path, Cell] = {}
+    seen: dict[Path | str, Cell] = {}
     for cell in cells:
-        if cell.place in seen:
-            raise SoftguardError(f"two cells of the grid are the same: {seen[cell.place].label} and {cell.label}; rename one")
-        seen[cell.place] = cell
+        for name in (cell.place, cell.label):
+            if name in seen:
+                raise SoftguardError(
+                    f"two cells of the grid are the same: {seen[name].label} in {seen[name].place} and {cell.label} in "
+                    f"{cell.place}; rename one"
+                )
+            seen[name] = cell
 
 
 def _slug(name: str) -> str:

@@ -96,11 +96,15 @@ def write_table(grid: Grid, out: Path) -> None:
 
 
 def rows_of(ground: Ground, arm: Arm, asked: Asked) -> dict[Path, Row]:
-    """What there is of an arm's cells, by their places; of those of the chosen rate, measured as `asked`, with figures."""
+    """What there is of an arm's cells, by their places; of those of the rate that all trials chose, measured as `asked`, with
+    figures.
+    """
     rows = tried(ground, arm)
+    if any(cell.place not in rows for cell in arm.trials):
+        return rows
     try:
         rate = chosen_rate(arm, rows)
-    except SoftguardError:  # all its rates were too large, or none was tried
+    except SoftguardError:  # all its rates were too large
         return rows
     for cells in arm.cells:
         cell = cells[rate]
