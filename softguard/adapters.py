@@ -179,11 +179,11 @@ def peft_config(adapter: Adapter, base: BaseModel) -> Any:
     heads, width = base.key_heads
     common |= {
         "num_virtual_tokens": len(adapter.vectors),
-        "num_layers": base.model.config.num_hidden_layers,
+        "num_layers": base.config.num_hidden_layers,
         "num_transformer_submodules": 1,
     }
     if adapter.kind == "soft_prompt":
-        return PromptTuningConfig(**common, token_dim=base.hidden, num_attention_heads=base.model.config.num_attention_heads)
+        return PromptTuningConfig(**common, token_dim=base.hidden, num_attention_heads=base.config.num_attention_heads)
     return PrefixTuningConfig(**common, token_dim=heads * width, num_attention_heads=heads, encoder_hidden_size=base.hidden)
 
 

@@ -116,6 +116,8 @@ class Chat:
         self._template = undated(tokenizer)
         self._plain = PlainText(tokenizer, self._template)
 
+        bare, blank = ([{"role": "user", "content": text}] for text in ("\ue000u\ue001", " \ue000u\ue001\n"))
+        self._strips = self._render(bare, True) == self._render(blank, True)  # as Llama 3's and Gemma's do
         opening, closing = self._fixed([Turn("user", "")], answer=False)
         system_header = self._around_system()[0] if slot == "system" else ""
         if not opening.startswith(system_header):
@@ -162,7 +164,7 @@ class Chat:
         ids: list[int] = []
         for number, (turn, opening) in enumerate(zip(turns, openings, strict=True)):
             fixed, blank = _without_blank(opening)
-            ids += [*(self._template_ids(fixed) if number else ()), *self._plain.encode(blank + turn.text, fixed)]
+            ids += [*(self._template_ids(fixed) if number else ()), *self._plain.encode(blank + self._said(turn.text), fixed)]
         return [*ids, *self._template_ids(closing)]
 
     def encode_response(self, response: str) -> list[int]:
@@ -175,11 +177,15 @@ class Chat:
 
     def plain_ids(self, text: str) -> list[int]:
         """Ids of a user's text behind the constant prefix; no control token can come out of it, see `PlainText`."""
-        return self._plain.encode(self._blank + text, self._opening)
+        return self._plain.encode(self._blank + self._said(text), self._opening)
 
     def response_ids(self, text: str) -> list[int]:
         """Ids of the text of a response, or of its beginning, likewise."""
         return self._plain.encode(self._answer_blank + text, self._closing)
+
+    def _said(self, text: str) -> str:
+        """A message as the template has it."""
+        return text.strip() if self._strips else text
 
     def _template_ids(self, text: str) -> tuple[int, ...]:
         """Ids of the template's own text behind a user's or a model's."""
@@ -204,7 +210,11 @@ class Chat:
         before, after = self._around_system()
         fixed, blank = _without_blank(before)
         opening, _ = _without_blank(after)
-        return [*self._plain.behind(fixed, ""), *self._plain.encode(blank + text, fixed), *self._template_ids(opening)]
+        return [
+            *self._plain.behind(fixed, ""),
+            *self._plain.encode(blank + self._said(text), fixed),
+            *self._template_ids(opening),
+        ]
 
     def _around_system(self) -> tuple[str, str]:
         """The template's text before a system message, and from there to the first user text."""

@@ -99,8 +99,9 @@ def flops_per_token(base: BaseModel, system: SafeSystem, adapter: Adapter | None
     The guard counts two a parameter, as if it read every token once. An adapter counts the positions it takes; what can be
     merged into the weights, as a LoRA or a steering vector can, adds nothing.
     """
-    model, config = base.model, base.model.config
-    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    model, config = base.model, base.config
+    read = {id(p): p for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}  # shared once
+    weights = sum(p.numel() for p in read.values() if p.dim() > 1)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         weights -= model.get_input_embeddings().weight.numel()  # looked up, not multiplied
     widths = [getattr(config, name, base.key_heads[1]) for name in ("qk_head_dim", "v_head_dim")]  # latent attention has both

@@ -143,6 +143,14 @@ def _check_lengths(recipe: Recipe, corpus: Corpus, engine: Engine) -> None:
             f"the longest prompt of corpus {corpus.folder} has {longest} tokens; with {before} of prefix and {new} new ones it "
             f"exceeds the model's context of {engine.base.context}; take a shorter adapter, or teach without that prompt"
         )
+    wanted, window = recipe.distil, engine.base.window
+    beside = wanted.n_soft // wanted.members if wanted.adapter == "gate" else new
+    if wanted.taken_steps and window is not None and before + longest + beside > window:
+        raise SoftguardError(
+            f"the longest prompt of corpus {corpus.folder} has {longest} tokens; with {before + beside} others it exceeds the "
+            f"window of {window} tokens that the model's attention has, and that must hold all that is learned at once; teach "
+            "without that prompt"
+        )
 
 
 def time_step(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> float:

@@ -208,7 +208,8 @@ def check_evaluation(
             for number, prompt in enumerate(suite.prompts):
                 choices = suite.choices[number] if suite.choices else ()  # which are scored, as if they had been answered
                 new = max([recipe.evaluate.max_new_tokens, *(len(engine.chat.response_ids(choice)) for choice in choices)])
-                engine.check_fits(prompt, new, f"prompt {number + 1} of suite {suite.name}")
+                whole = suite.measure in ("drift", "accuracy")
+                engine.check_fits(prompt, new, f"prompt {number + 1} of suite {suite.name}", whole)
     return suites
 
 

@@ -89,7 +89,7 @@ class Gate:
         if window is not None and mask.shape[1] + more > window:
             raise SoftguardError(
                 f"a gate sees a prompt whole, and this model's attention has a window of {window} tokens, of which the prompt "
-                f"leaves no room for {more} more; shorten it, or use distil.adapter=kv_prefix"
+                f"leaves no room for {more} more; shorten it"
             )
         turned = [[x.chunk(self.members, dim=2) for x in pair] for pair in self.turned(positions)]
         ends = [  # one after another, since each copies the whole cache

@@ -7,6 +7,7 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from softguard.chat import Chat, PlainText
 from softguard.config import ModelConfig
 from softguard.errors import SoftguardError
-from softguard.gguf_files import bar_on_terminals, read_once
+from softguard.gguf_files import bar_on_terminals, check_read, config_of, read_once
 from softguard.kernels import Head
 from softguard.supported import check_supported
 
@@ -43,17 +44,30 @@ class BaseModel:
         return str(self.model.dtype)
 
     @property
+    def config(self) -> Any:
+        """transformers' configuration of what reads text, which of a model that sees images, too, is a part."""
+        return self.model.config.get_text_config()
+
+    @property
     def context(self) -> int:
         """Longest sequence in tokens, prefix included.
 
         By longrope up to where it changes its factors, which turns all rows of a pass otherwise if one is longer, but no keys
         that are kept.
         """
-        config = self.model.config
+        config = self.config
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # where kinds of layers turn differently
         short = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
         return int(min([getattr(config, "max_position_embeddings", 0) or 2**31, *short]))
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that the layer which sees the fewest attends to, itself included; none: all before it."""
+        from transformers import DynamicCache
+
+        layers = DynamicCache(config=self.model.config).layers
+        return min((layer.sliding_window for layer in layers if layer.is_sliding), default=None)
 
     @property
     def hidden(self) -> int:
@@ -63,7 +77,7 @@ class BaseModel:
     @property
     def key_heads(self) -> tuple[int, int]:
         """Number of key (and value) heads of a layer, and their width."""
-        config = self.model.config
+        config = self.config
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         return int(getattr(config, "num_key_value_heads", None) or heads), int(width)
@@ -71,7 +85,7 @@ class BaseModel:
     @property
     def head(self) -> Head:
         """The output head, with what the model makes of its products. Raises SoftguardError for one with a bias."""
-        head, config = self.model.get_output_embeddings(), self.model.config
+        head, config = self.model.get_output_embeddings(), self.config
         if getattr(head, "bias", None) is not None:
             raise SoftguardError(f"model {self.name!r} has an output head with a bias; such models cannot be trained yet")
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
@@ -106,7 +120,8 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     `quantize`: none, q8_0, q4_0 or q4_1: round the decoder's linear weights to that format of GGUF files and keep the rounded
     values in `dtype`: what a device with such weights computes, to be trained and measured here.
     Raises SoftguardError when it is missing, not a causal language model, of a make that is not supported, only has pickled
-    weights, has weights that cannot be rounded, or has no embedding of something its tokenizer gives.
+    weights, lacks some of them, has weights that cannot be rounded, positions that cannot be told from a GGUF file, or no
+    embedding of something its tokenizer gives.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -123,10 +138,21 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        safe = {} if extra else {"use_safetensors": True}  # a GGUF file is no pickle either
         with read_once(), bar_on_terminals():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], trust_remote_code=False, **extra, **safe)
+            file = Path(source, extra["gguf_file"]) if extra else None
+            given = (
+                {**extra, "config": config_of(file)} if file else {"use_safetensors": True}
+            )  # a GGUF file is no pickle either
+            given |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is told below
+            load = partial(AutoModelForCausalLM.from_pretrained, source, trust_remote_code=False, **given)
+            model, found = load(dtype=DTYPES[dtype])
+            if file:
+                check_read(file, model)
+            # what is rounded is what was published, not first to bfloat16
+            exact = load(dtype=torch.float32)[0] if quantize != "none" and dtype != "float32" else model
+    except SoftguardError:
+        raise
     except Exception as error:  # readers of damaged files raise whatever their parsers do
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise SoftguardError(
@@ -134,8 +160,9 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+    _check_found(spec, found)
     if quantize != "none":
-        _round(model, quantize, spec)
+        _round(model, exact, quantize, spec)
     try:
         model = model.to(device).eval().requires_grad_(False)
         identity = fingerprint(model)
@@ -146,6 +173,23 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     check_supported(spec, model, base.head)
     _check_ids(base)
     return base
+
+
+def _check_found(spec: str, found: dict[str, Any]) -> None:
+    """Raises SoftguardError for weights that a model has and its files have not, which would be drawn at random, or the other
+    way round in a layer.
+    """
+    absent = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    if absent:
+        raise SoftguardError(
+            f"model {spec!r} lacks {len(absent)} of its weights, {min(absent)} among them, or has them in another shape; give "
+            "all its files, whole and of one make (a GGUF file that is split must be merged)"
+        )
+    strange = [key for key in found["unexpected_keys"] if re.search(r"\blayers\.\d+\..*(weight|bias)$", key)]
+    if strange:
+        raise SoftguardError(
+            f"model {spec!r} has weights that its make has no place for, {min(strange)} among them; mend its config.json"
+        )
 
 
 def _check_ids(base: BaseModel) -> None:
@@ -171,8 +215,8 @@ def _check_ids(base: BaseModel) -> None:
         )
 
 
-def _round(model: Any, quantize: str, spec: str) -> None:
-    """Replace the decoder's linear weights by what they are in a GGUF file of that quantisation.
+def _round(model: Any, exact: Any, quantize: str, spec: str) -> None:
+    """Replace the decoder's linear weights by what those of `exact`, in float32, are in a GGUF file of that quantisation.
 
     Raises SoftguardError for experts that are kept in other modules, or a layer whose width is no multiple of a block's.
     """
@@ -182,6 +226,7 @@ def _round(model: Any, quantize: str, spec: str) -> None:
 
     kind = GGMLQuantizationType[quantize.upper()]
     block, _ = GGML_QUANT_SIZES[kind]
+    weights = dict(exact.get_decoder().named_parameters(remove_duplicate=False))
     for name, module in model.get_decoder().named_modules():
         own = module.parameters(recurse=False)
         if any(weight.dim() > 2 for weight in own) and not isinstance(module, torch.nn.modules.conv._ConvNd):
@@ -195,7 +240,7 @@ def _round(model: Any, quantize: str, spec: str) -> None:
                     f"model.quantize is {quantize}, which rounds blocks of {block} numbers, but {name} of {spec!r} has rows of "
                     f"{module.in_features}; leave it out"
                 )
-            rounded = dequantize(quantise(module.weight.detach().float().numpy(), kind), kind)
+            rounded = dequantize(quantise(weights[f"{name}.weight"].detach().numpy(), kind), kind)
             module.weight.data = torch.from_numpy(rounded).to(module.weight.dtype)
 
 
@@ -207,7 +252,7 @@ def fingerprint(model: Any) -> str:
     positions are scaled (YaRN, linear, …) where others of these weights' are not.
     """
     digest = hashlib.sha256()
-    positions = json.dumps(getattr(model.config, "rope_parameters", None), sort_keys=True, default=str)
+    positions = json.dumps(getattr(model.config.get_text_config(), "rope_parameters", None), sort_keys=True, default=str)
     if set(re.findall(r'"rope_type": "(\w+)"', positions)) - {"default"}:
         digest.update(positions.encode())
     for name, parameter in sorted(model.named_parameters()):

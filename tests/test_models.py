@@ -2,6 +2,7 @@ import copy
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from softguard.chat import Chat
 from softguard.errors import SoftguardError
@@ -86,6 +88,37 @@ def test_pickled_weights_are_refused(small: BaseModel, small_folder: Path, tmp_p
     torch.save(small.model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(SoftguardError, match="could not be loaded"):
         load_base(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda own: {k: v for k, v in own.items() if "layers.1." not in k}, r"lacks 9 of its weights, model\.layers\.1\."),
+        (lambda own: {f"base_model.{k}": v for k, v in own.items()}, "lacks 21 of its weights"),
+        (
+            lambda own: own | {"model.norm.weight": torch.ones(3)},
+            r"lacks 1 of its weights, model\.norm\.weight .* another shape",
+        ),
+        (lambda own: own | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, r"no place for, .*q_proj\.bias"),
+    ],
+)
+def test_a_folder_whose_weights_are_not_the_models_is_refused(
+    change: Callable[[dict[str, Any]], dict[str, Any]], told: str, small_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(small_folder, tmp_path / "changed")
+    changed = change(load_file(folder / "model.safetensors"))
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SoftguardError, match=told):
+        load_base(str(folder))
+
+
+@pytest.mark.parametrize("quantize", ["q8_0", "q4_0"])
+def test_rounded_weights_are_the_same_model_in_either_precision(quantize: str, small_folder: Path) -> None:
+    exact, coarse = (load_base(str(small_folder), dtype, quantize=quantize) for dtype in ("float32", "bfloat16"))
+    assert exact.fingerprint == coarse.fingerprint
+    for ours, theirs in zip(exact.model.parameters(), coarse.model.parameters(), strict=True):
+        assert torch.equal(ours.bfloat16(), theirs)
+    assert coarse.model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_a_damaged_gguf_file_is_told_in_one_line(tmp_path: Path) -> None:
@@ -181,7 +214,7 @@ def test_laws_at_the_head_are_the_model_s_own_whatever_it_makes_of_its_logits(fa
 
 def test_a_head_with_a_bias_is_refused(small: BaseModel) -> None:
     head = torch.nn.Linear(4, 5)
-    model = SimpleNamespace(get_output_embeddings=lambda: head, config=SimpleNamespace())
+    model = SimpleNamespace(get_output_embeddings=lambda: head, config=small.model.config)
     with pytest.raises(SoftguardError, match="a bias"):
         _ = replace(small, model=model).head
 

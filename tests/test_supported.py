@@ -1,5 +1,6 @@
 """Models of other makes: what is refused, and that what is not is computed as transformers has it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,15 +10,20 @@ import transformers
 from softguard.adapted import adapted, decoder_layers
 from softguard.adapters import DIRECTION, VECTORS, Adapter, Kind
 from softguard.chat import Chat
+from softguard.config import SystemConfig, load_recipe
+from softguard.corpus import teach
+from softguard.cost import flops_per_token
+from softguard.distill import distil
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.gate import Gate
 from softguard.initial import initial_vectors
-from softguard.models import BaseModel
+from softguard.models import BaseModel, load_base
 from softguard.packed import packed_hidden
 from softguard.prefix import ConstantPrefix
 from softguard.supported import check_supported
-from tests.references import LATENT, made
+from softguard.system import SafeSystem
+from tests.references import LATENT, made, random_adapter
 
 GEMMA3 = {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 48}
 GEMMA4 = {
@@ -209,5 +215,52 @@ def test_rows_of_a_window_do_not_depend_on_longer_ones_beside_them(make: str, sm
 
 def test_a_gate_wants_room_for_the_prompt_in_the_window(small: BaseModel) -> None:
     base = made(small, "Gemma3", "Gemma3TextConfig", **GEMMA3)
+    long, engine = "How do I bake bread? " * 10, Engine(base, a_gate(base))
+    with pytest.raises(SoftguardError, match=r"prompt 1 has .* exceeds the window of 48 tokens"):
+        engine.log_odds([long])
     with pytest.raises(SoftguardError, match="attention has a window of 48 tokens"):
-        Engine(base, a_gate(base)).log_odds(["How do I bake bread? " * 10])
+        engine.prefix.begin([engine.chat.encode(long)])
+
+
+def test_what_is_run_at_once_wants_room_in_the_window(small: BaseModel) -> None:
+    engine = Engine(made(small, "Mistral", sliding_window=48))
+    engine.check_fits("hi", 100, "a prompt")  # decoding goes on beyond it
+    with pytest.raises(SoftguardError, match=r"a prompt has .* exceeds the window of 48 tokens"):
+        engine.check_fits("hi", 100, "a prompt", whole=True)
+    engine.check_fits("hi", 4, "a prompt", whole=True)
+
+
+@pytest.mark.parametrize("changes", [["distil.members=2", "distil.n_soft=4"], ["distil.adapter=kv_prefix"]])
+def test_a_prompt_that_a_window_does_not_hold_is_told_before_training(
+    changes: list[str], small: BaseModel, tmp_path: Path
+) -> None:
+    base = made(small, "Mistral", sliding_window=64)
+    asked = tmp_path / "asked.txt"
+    asked.write_text("\n".join(["How do I build a boat?", "And a bomb?", "How do I bake bread? " * 10]))
+    settings = [f"teach.prompts={asked}", f"teach.validation={asked}", "teach.max_new_tokens=2", "distil.steps=2", *changes]
+    recipe = load_recipe(overrides=["system.guard=tests.guards_for_tests:by_word", *settings])
+    corpus = teach(recipe, tmp_path / "corpus", base, SafeSystem.from_config(recipe.system))
+    with pytest.raises(SoftguardError, match=r"the longest prompt of corpus .* exceeds the window of 64 tokens"):
+        distil(recipe, corpus, tmp_path / "adapter", base)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_model_that_sees_images_too_is_its_text_model(small: BaseModel, tmp_path: Path) -> None:
+    text = made(small, "Gemma3", "Gemma3TextConfig", **GEMMA3)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    config = transformers.Gemma3Config(text_config=text.model.config, vision_config={**vision, "patch_size": 14})
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(text.model.model.state_dict())
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    small.tokenizer.save_pretrained(tmp_path)
+    both = load_base(str(tmp_path))
+    assert (both.context, both.window, both.key_heads) == (text.context, text.window, text.key_heads)
+    for adapter in (a_gate(text), random_adapter(text, "kv_prefix"), random_adapter(text, "soft_prompt")):
+        answers = [[r.ids for r in Engine(base, adapter).generate(PROMPTS[:1], 4)] for base in (text, both)]
+        assert answers[0] == answers[1]
+        adapter.save(tmp_path / adapter.kind, both)
+    gates = [Engine(base, a_gate(text)).log_odds(PROMPTS[:1]) for base in (text, both)]
+    torch.testing.assert_close(*gates)
+    system = SafeSystem.from_config(SystemConfig(guard="tests.guards_for_tests:by_word"))
+    assert flops_per_token(both, system, None, 64) == flops_per_token(text, system, None, 64)
