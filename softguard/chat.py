@@ -116,8 +116,8 @@ class Chat:
         self._template = undated(tokenizer)
         self._plain = PlainText(tokenizer, self._template)
 
-        bare, blank = ([{"role": "user", "content": text}] for text in ("\ue000u\ue001", " \ue000u\ue001\n"))
-        self._strips = self._render(bare, True) == self._render(blank, True)  # as Llama 3's and Gemma's do
+        user = {"role": "user", "content": "u"}
+        self._stripped = {"user": self._strips([], "user", []), "assistant": self._strips([user], "assistant", [user])}
         opening, closing = self._fixed([Turn("user", "")], answer=False)
         system_header = self._around_system()[0] if slot == "system" else ""
         if not opening.startswith(system_header):
@@ -164,7 +164,10 @@ class Chat:
         ids: list[int] = []
         for number, (turn, opening) in enumerate(zip(turns, openings, strict=True)):
             fixed, blank = _without_blank(opening)
-            ids += [*(self._template_ids(fixed) if number else ()), *self._plain.encode(blank + self._said(turn.text), fixed)]
+            ids += [
+                *(self._template_ids(fixed) if number else ()),
+                *self._plain.encode(blank + self._said(turn.role, turn.text), fixed),
+            ]
         return [*ids, *self._template_ids(closing)]
 
     def encode_response(self, response: str) -> list[int]:
@@ -177,15 +180,21 @@ class Chat:
 
     def plain_ids(self, text: str) -> list[int]:
         """Ids of a user's text behind the constant prefix; no control token can come out of it, see `PlainText`."""
-        return self._plain.encode(self._blank + self._said(text), self._opening)
+        return self._plain.encode(self._blank + self._said("user", text), self._opening)
 
     def response_ids(self, text: str) -> list[int]:
         """Ids of the text of a response, or of its beginning, likewise."""
         return self._plain.encode(self._answer_blank + text, self._closing)
 
-    def _said(self, text: str) -> str:
+    def _said(self, role: str, text: str) -> str:
         """A message as the template has it."""
-        return text.strip() if self._strips else text
+        return text.strip() if self._stripped[role] else text
+
+    def _strips(self, before: list[dict[str, str]], role: str, after: list[dict[str, str]]) -> bool:
+        """Whether the template leaves out blanks around a role's messages, as Llama 3's and Gemma's do."""
+        texts = ("\ue000m\ue001", " \ue000m\ue001\n")
+        bare, blank = (self._render([*before, {"role": role, "content": text}, *after], True) for text in texts)
+        return bare == blank
 
     def _template_ids(self, text: str) -> tuple[int, ...]:
         """Ids of the template's own text behind a user's or a model's."""
@@ -210,11 +219,9 @@ class Chat:
         before, after = self._around_system()
         fixed, blank = _without_blank(before)
         opening, _ = _without_blank(after)
-        return [
-            *self._plain.behind(fixed, ""),
-            *self._plain.encode(blank + self._said(text), fixed),
-            *self._template_ids(opening),
-        ]
+        if self._strips([], "system", [{"role": "user", "content": "u"}]):
+            text = text.strip()
+        return [*self._plain.behind(fixed, ""), *self._plain.encode(blank + text, fixed), *self._template_ids(opening)]
 
     def _around_system(self) -> tuple[str, str]:
         """The template's text before a system message, and from there to the first user text."""

@@ -249,11 +249,11 @@ class Recipe:
                 f"distil.drift_weight is {d.drift_weight}; objective {d.objective} has no such weight, leave it out"
             )
         safe_weight, _ = d.weights
-        if not safe_weight and not d.refusal_weight:
+        if d.taken_steps and not safe_weight and not d.refusal_weight:
             raise SoftguardError(
                 "distil.safe_weight and distil.refusal_weight are both 0, so that nothing is learned; raise one"
             )
-        if d.objective in ("reinforce", "ppo") and (safe_weight, d.refusal_weight) != (1, 1):
+        if d.taken_steps and d.objective in ("reinforce", "ppo") and (safe_weight, d.refusal_weight) != (1, 1):
             raise SoftguardError(
                 f"distil.safe_weight is {safe_weight} and distil.refusal_weight {d.refusal_weight}; objective {d.objective} "
                 "has no branches, leave them out"

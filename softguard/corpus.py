@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class Draw(NamedTuple):
     ids: tuple[int, ...]
     p_safe: float  # what the guard said
     keep: float  # α, what the system makes of it
-    hidden: Tensor | None = None  # (tokens, hidden) bfloat16, the base's last hidden states that predict `ids`
+    hidden: Tensor | None = None  # (tokens, hidden), the base's last hidden states that predict `ids`
     category: str = ""  # what the guard named, where a policy asked
     instead: tuple[int, ...] = ()  # what the system says where it does not keep the response
 
@@ -151,6 +152,18 @@ class Corpus:
     def size(self, split: str) -> int:
         """Number of prompts in a split."""
         return int(self.manifest["prompts"][split])
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens of the longest response, drawn or said instead."""
+        found = 0
+        for split, shards in self.manifest["shards"].items():
+            for number in range(len(shards)):
+                with self._shard(split, number) as table:
+                    responses = pc.list_flatten(table.read(columns=["responses"])["responses"])
+                for name in ("ids", "instead"):
+                    found = max(found, pc.max(pc.list_value_length(pc.struct_field(responses, name))).as_py() or 0)
+        return found
 
     def refusal_rates(self, split: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         """U(x) of every prompt of a split, (prompts,)."""

@@ -176,11 +176,11 @@ class Engine:
             if batch:
                 yield batch
 
-    def check_fits(self, prompt: str, max_new_tokens: int, what: str, whole: bool = False) -> None:
+    def check_fits(self, prompt: str, max_new_tokens: int, what: str, at_once: int = 0) -> None:
         """Raises SoftguardError, in which `what` stands for it, for a prompt of no tokens or that does not fit the context, or
-        a window of attention, which a gate needs, and with `whole` a pass over prompt and answer at once.
+        a window of attention: a gate needs the prompt in it, and a pass over prompt and answer `at_once` so many tokens more.
         """
-        self._check_length(len(self.chat.encode(prompt)), max_new_tokens, what, whole)
+        self._check_length(len(self.chat.encode(prompt)), max_new_tokens, what, at_once)
 
     def check_conversation(self, turns: Sequence[Turn], max_new_tokens: int) -> list[int]:
         """Ids of a conversation. Raises SoftguardError for one that does not fit the context, or as `encode_turns` does."""
@@ -188,7 +188,7 @@ class Engine:
         self._check_length(len(ids), max_new_tokens, "the conversation")
         return ids
 
-    def _check_length(self, length: int, new: int, what: str, whole: bool = False) -> None:
+    def _check_length(self, length: int, new: int, what: str, at_once: int = 0) -> None:
         if not length:
             raise SoftguardError(
                 f"{what} is empty, and the chat template of {self.base.name!r} puts nothing behind it; fill it in"
@@ -199,10 +199,10 @@ class Engine:
                 f"context of {self.base.context}; shorten it"
             )
         own = self.gate.n_soft // self.gate.members if self.gate is not None else 0
-        at_once = self.prefix.length + length + max(own, new if whole else 0)
-        if self._window is not None and (whole or own) and at_once > self._window:
+        others = self.prefix.length + max(own, at_once)
+        if self._window is not None and (own or at_once) and length + others > self._window:
             raise SoftguardError(
-                f"{what} has {length} tokens; with {at_once - length} others it exceeds the window of {self._window} tokens "
+                f"{what} has {length} tokens; with {others} others it exceeds the window of {self._window} tokens "
                 "that the model's attention has, and that must hold them all here; shorten it"
             )
 

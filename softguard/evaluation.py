@@ -203,13 +203,16 @@ def check_evaluation(
         system.config.check_taught(taught, "the adapter", own)
     check_folder(out)
     suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
+    is_packed = adapter is not None and adapter.kind != "gate"  # of which drift asks every token of an answer
     for engine in engines:
+        drawn = recipe.evaluate.max_new_tokens if is_packed else len(engine.chat.encode_response(system.config.refusal))
         for suite in suites:
             for number, prompt in enumerate(suite.prompts):
                 choices = suite.choices[number] if suite.choices else ()  # which are scored, as if they had been answered
-                new = max([recipe.evaluate.max_new_tokens, *(len(engine.chat.response_ids(choice)) for choice in choices)])
-                whole = suite.measure in ("drift", "accuracy")
-                engine.check_fits(prompt, new, f"prompt {number + 1} of suite {suite.name}", whole)
+                scored = [len(engine.chat.response_ids(choice)) for choice in choices]
+                at_once = drawn - 1 if suite.measure == "drift" else max(scored, default=1) - 1  # the last is not fed
+                new = max(recipe.evaluate.max_new_tokens, *scored, 0)
+                engine.check_fits(prompt, new, f"prompt {number + 1} of suite {suite.name}", at_once)
     return suites
 
 

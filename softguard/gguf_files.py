@@ -61,7 +61,9 @@ def config_of(path: Path) -> Any:
     said = {name.partition(".")[2]: field.contents() for name, field in reader.fields.items() if ".rope." in name}
     tensors = {tensor.name: tensor.data for tensor in reader.tensors if tensor.name.startswith("rope_f")}
     make = reader.fields["general.architecture"].contents()
-    if said.get("rope.scaling.type", "none") != "none" or tensors.keys() - {"rope_freqs.weight"}:
+    factor = said.get("rope.scaling.factor") or said.get("rope.scale_linear") or 1
+    kind = said.get("rope.scaling.type", "linear")  # which old files leave out
+    if (kind != "none" and factor != 1) or kind not in ("none", "linear") or tensors.keys() - {"rope_freqs.weight"}:
         raise SoftguardError(f"{path} scales its positions in a way that is not read from GGUF files; {_MEND}")
     if config.num_hidden_layers == _LARGE.get(make):
         raise SoftguardError(f"{path} is of a make whose attention is scaled by what GGUF files do not say; {_MEND}")
@@ -69,8 +71,8 @@ def config_of(path: Path) -> Any:
     turned = rope.get("full_attention", rope)  # of makes whose kinds of layers turn differently
     if "rope.freq_base" in said and "rope_theta" in turned:
         turned["rope_theta"] = said["rope.freq_base"]
-    if tensors:
-        divisors = torch.tensor(tensors["rope_freqs.weight"])
+    divisors = torch.tensor(tensors.get("rope_freqs.weight", [1])).float()
+    if (divisors != 1).any():
         rope |= {"rope_type": "llama3", "factor": float(divisors.max()), **_LLAMA3}
         if not torch.allclose(divisors, _llama3_divisors(config), rtol=1e-3):
             raise SoftguardError(f"{path} scales its positions in a way that is not Llama 3's; {_MEND}")

@@ -7,7 +7,6 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +140,12 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
         with read_once(), bar_on_terminals():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
             file = Path(source, extra["gguf_file"]) if extra else None
-            given = (
-                {**extra, "config": config_of(file)} if file else {"use_safetensors": True}
-            )  # a GGUF file is no pickle either
+            given = {**extra, "config": config_of(file)} if file else {"use_safetensors": True}  # GGUF is no pickle either
             given |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is told below
-            load = partial(AutoModelForCausalLM.from_pretrained, source, trust_remote_code=False, **given)
-            model, found = load(dtype=DTYPES[dtype])
+            asked = DTYPES[dtype] if quantize == "none" else torch.float32  # rounded as it was published
+            model, found = AutoModelForCausalLM.from_pretrained(source, dtype=asked, trust_remote_code=False, **given)
             if file:
                 check_read(file, model)
-            # what is rounded is what was published, not first to bfloat16
-            exact = load(dtype=torch.float32)[0] if quantize != "none" and dtype != "float32" else model
     except SoftguardError:
         raise
     except Exception as error:  # readers of damaged files raise whatever their parsers do
@@ -162,7 +157,9 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
         logging.set_verbosity(verbosity)
     _check_found(spec, found)
     if quantize != "none":
-        _round(model, exact, quantize, spec)
+        _round(model, quantize, spec)
+        for parameter in model.parameters():  # and no buffer: positions are turned in float32
+            parameter.data = parameter.data.to(DTYPES[dtype])
     try:
         model = model.to(device).eval().requires_grad_(False)
         identity = fingerprint(model)
@@ -215,8 +212,8 @@ def _check_ids(base: BaseModel) -> None:
         )
 
 
-def _round(model: Any, exact: Any, quantize: str, spec: str) -> None:
-    """Replace the decoder's linear weights by what those of `exact`, in float32, are in a GGUF file of that quantisation.
+def _round(model: Any, quantize: str, spec: str) -> None:
+    """Replace the decoder's linear weights, in float32, by what they are in a GGUF file of that quantisation.
 
     Raises SoftguardError for experts that are kept in other modules, or a layer whose width is no multiple of a block's.
     """
@@ -226,7 +223,6 @@ def _round(model: Any, exact: Any, quantize: str, spec: str) -> None:
 
     kind = GGMLQuantizationType[quantize.upper()]
     block, _ = GGML_QUANT_SIZES[kind]
-    weights = dict(exact.get_decoder().named_parameters(remove_duplicate=False))
     for name, module in model.get_decoder().named_modules():
         own = module.parameters(recurse=False)
         if any(weight.dim() > 2 for weight in own) and not isinstance(module, torch.nn.modules.conv._ConvNd):
@@ -240,8 +236,8 @@ def _round(model: Any, exact: Any, quantize: str, spec: str) -> None:
                     f"model.quantize is {quantize}, which rounds blocks of {block} numbers, but {name} of {spec!r} has rows of "
                     f"{module.in_features}; leave it out"
                 )
-            rounded = dequantize(quantise(weights[f"{name}.weight"].detach().numpy(), kind), kind)
-            module.weight.data = torch.from_numpy(rounded).to(module.weight.dtype)
+            rounded = dequantize(quantise(module.weight.detach().numpy(), kind), kind)
+            module.weight.data = torch.from_numpy(rounded)
 
 
 def fingerprint(model: Any) -> str:

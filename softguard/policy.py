@@ -24,7 +24,7 @@ _IPV6 = re.compile(
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
 _NETWORKS = [ip_network(name) for name in ("0.0.0.0/0", "2000::/3", "fc00::/7", "fe80::/10")]  # of hosts: face::3d is code
 
-_BETWEEN = r"[ \t\u00a0\u2007\u2009\u202f()/.·\u2010-\u2015\u2212-]"  # digits of one number: blanks, brackets, dots and dashes
+_BETWEEN = r"[ \u00a0\u2007\u2009\u202f()/.·\u2010-\u2015\u2212-]"  # digits of one number: blanks, brackets, dots and dashes
 _NUMBER = re.compile(
     r"(?P<amount>(?<![\d,])\d{1,3}(?:,\d{3})+(?!\d))"  # read first, so that 150,000 (2019) holds no number 000 (2019
     rf"|\+?\(?(?<!\d)\d(?:{_BETWEEN}{{0,3}}\d){{6,}}"  # telephone, card and account numbers: seven digits or more

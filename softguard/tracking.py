@@ -13,11 +13,14 @@ from softguard.errors import SoftguardError
 
 def check_tracker(name: Any, folder: Path) -> None:
     """Raises SoftguardError as `Tracker` does, for one that is unknown or not installed; nothing is begun."""
-    from accelerate.tracking import filter_trackers
+    from accelerate.tracking import filter_trackers, get_available_trackers
+    from accelerate.utils import LoggerType
 
     with _told(name):
-        if not filter_trackers(name, str(folder)):
+        known, there = set(LoggerType.list()) - {LoggerType.ALL.value}, map(str, get_available_trackers())
+        if isinstance(name, str) and name in known and name not in there:
             raise ValueError("it is not installed")
+        filter_trackers(name, str(folder))
 
 
 class Tracker:

@@ -36,6 +36,13 @@ def test_a_template_that_trims_its_messages_gets_them_trimmed(base: BaseModel) -
         assert ids == tokenizer.encode(whole, add_special_tokens=False)
         assert len(turns) > 1 or chat.encode(turns[0].text) == chat.encode_turns(turns)
     assert Chat(tokenizer).encode(" hi\n") != Chat(base.tokenizer).encode(" hi\n")
+    assert Chat(tokenizer, "system").with_system(" be kind\n") == Chat(base.tokenizer, "system").with_system("be kind")
+    users = "(message['content'] | trim if message['role'] == 'user' else message['content'])"
+    tokenizer.chat_template = base.tokenizer.chat_template.replace("message['content']", users)
+    one, other = Turn("user", " a "), Turn("assistant", " b ")
+    assert Chat(tokenizer).encode_turns([one, other, one]) == Chat(base.tokenizer).encode_turns(
+        [Turn("user", "a"), other, Turn("user", "a")]
+    )
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,11 @@ def test_weights_by_which_nothing_is_learned_or_chosen_are_refused() -> None:
             load_recipe(overrides=["distil.objective=ppo", f"distil.{weight}=0"])
 
 
+def test_weights_of_what_is_not_trained_are_not_asked_for() -> None:
+    for untrained in ("distil.steps=0", "distil.adapter=text"):
+        load_recipe(overrides=[untrained, "distil.safe_weight=0", "distil.refusal_weight=0"])
+
+
 def test_a_line_end_of_yaml_alone_is_dumped_and_loaded_unchanged(tmp_path: Path) -> None:
     wanted = load_recipe(overrides=['system.refusal="Désolé,\\x85non."'])
     assert wanted.system.refusal == "Désolé,\x85non."

@@ -81,19 +81,25 @@ def test_llama_3_s_scaled_positions_are_read_from_its_tensor(base: BaseModel, tm
     loaded = load_base(path)
     ids = torch.arange(3, 203)[None]
     with torch.no_grad():
-        ours, theirs, unscaled = (model(ids).logits for model in (loaded.model, scaled, plain))
+        ours, theirs, other = (model(ids).logits for model in (loaded.model, scaled, plain))
     assert torch.equal(ours, theirs)
-    assert (theirs - unscaled).abs().max() > 0.1
+    assert (theirs - other).abs().max() > 0.1
     scaled.save_pretrained(tmp_path / "folder")
     base.tokenizer.save_pretrained(tmp_path / "folder")
     assert loaded.fingerprint == load_base(str(tmp_path / "folder")).fingerprint
-    assert loaded.fingerprint != load_base(write_gguf(tmp_path / "b.gguf", plain)).fingerprint
+    unscaled = load_base(write_gguf(tmp_path / "b.gguf", plain))
+    assert loaded.fingerprint != unscaled.fingerprint
+    same = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}
+    ones = {"rope_freqs.weight": np.ones(32, np.float32)}
+    assert load_base(write_gguf(tmp_path / "c.gguf", plain, ones, same)).fingerprint == unscaled.fingerprint
 
 
 @pytest.mark.parametrize(
     ("tensors", "said", "told"),
     [
         ({}, {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, "is not read from GGUF files"),
+        ({}, {"llama.rope.scaling.factor": 4.0}, "is not read from GGUF files"),
+        ({}, {"llama.rope.scale_linear": 4.0}, "is not read from GGUF files"),
         ({"rope_factors_long.weight": np.ones(32, np.float32)}, {}, "is not read from GGUF files"),
         ({"rope_freqs.weight": np.linspace(1, 8, 32, dtype=np.float32)}, {}, "is not Llama 3's"),
         ({"blk.0.attn_q.bias": np.ones(128, np.float32)}, {}, "has biases that a LlamaForCausalLM has not"),

@@ -113,7 +113,7 @@ def test_a_function_that_cannot_be_had_is_told_at_once(name: str, said: str) -> 
         ("call 555-1234,601 234 567,5551234567", f"call {REDACTED},{REDACTED},{REDACTED}"),
         ("call 55 1234 1567, (02) 2012 2013 or +1939 1945", f"call {REDACTED}, {REDACTED} or {REDACTED}"),
         ("write to jos\u0065\u0301@example.com or jane@bu\u0308cher.de", f"write to {REDACTED} or {REDACTED}"),
-        ("call 07700\t900123 or 07700\u2212900123", f"call {REDACTED} or {REDACTED}"),
+        ("call 07700\u2212900123", f"call {REDACTED}"),
         ("born 1985-03-12, SSN 123-45-6789", f"born {REDACTED}, SSN {REDACTED}"),
         ("DE89 3704 0044 0532 0130 00", f"DE{REDACTED}"),
     ],
@@ -143,6 +143,7 @@ def test_addresses_and_long_numbers_are_redacted(text: str, left: str) -> None:
         "World War 2 (1939–1945), World War 1 (1914–18), 1. 1939–1945, (2) 1939-1945",
         "1939–1945 (6 years), 2012–2013 12 points",
         "e\u0301te\u0301, not composed",
+        "10\t20\t30\t40",
     ],
 )
 def test_what_is_no_address_and_no_long_number_stays(text: str) -> None:

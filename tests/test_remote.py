@@ -390,11 +390,14 @@ def test_without_the_client_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) ->
     "text",
     [
         *("safe", "Safe.", "**safe**", "SAFE…", "safe</s>", "safe<|eot_id|>\n", "safe<|im_end|>", "safe<|END_OF_TURN_TOKEN|>"),
+        *("✅ Safe", "Safe ✅", "- safe", "• safe", "「safe」", "safe。", "„safe“", "\ufeffsafe\u200b", "Safe!", "<safe>"),
         *("safe<end_of_turn>\n<eos>", "safe<turn|>", "safe<｜end▁of▁sentence｜>", "safe[|endofturn|]"),
     ],
 )
 def test_what_is_no_word_does_not_matter(text: str) -> None:
-    assert read_label({"message": {"content": text}}) == 1.0
+    for reason in (None, "", "stop", "eos"):
+        assert read_label({"message": {"content": text}, "finish_reason": reason}) == 1.0
+    assert read_label({**tokens({"safe": 1.0}), "message": {"content": "safe. 0 violations"}}) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_without_lengths_the_common_recipe_s_is_taken_and_overrides_reach_the_gr
         ("study.lengths=[]", "study.rows.one step.lengths names 8, but study.lengths is empty"),
         ("study.bases={}", "name a base"),
         ("study.bases={a.b: [], a b: []}", "study.bases 'a.b' and 'a b' would share a folder"),
-        ("study.rows={'one step, length 8': {set: [distil.steps=2]}, one step: {}}", "two things 'one step, length 8'"),
+        ("study.rows={'a, length 8': {}, a: {lengths: [4, 8]}}", "two things 'a, length 8'"),
         ("study.bases=[a]", "must be a section"),
     ],
 )

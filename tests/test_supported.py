@@ -1,5 +1,7 @@
 """Models of other makes: what is refused, and that what is not is computed as transformers has it."""
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from softguard.cost import flops_per_token
 from softguard.distill import distil
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
+from softguard.evaluation import check_evaluation, engines_of
 from softguard.gate import Gate
 from softguard.initial import initial_vectors
+from softguard.judges import load_judges
 from softguard.models import BaseModel, load_base
 from softguard.packed import packed_hidden
-from softguard.prefix import ConstantPrefix
+from softguard.prefix import ConstantPrefix, constant_prefix
 from softguard.supported import check_supported
 from softguard.system import SafeSystem
 from tests.references import LATENT, made, random_adapter
@@ -226,8 +230,47 @@ def test_what_is_run_at_once_wants_room_in_the_window(small: BaseModel) -> None:
     engine = Engine(made(small, "Mistral", sliding_window=48))
     engine.check_fits("hi", 100, "a prompt")  # decoding goes on beyond it
     with pytest.raises(SoftguardError, match=r"a prompt has .* exceeds the window of 48 tokens"):
-        engine.check_fits("hi", 100, "a prompt", whole=True)
-    engine.check_fits("hi", 4, "a prompt", whole=True)
+        engine.check_fits("hi", 100, "a prompt", at_once=99)
+    engine.check_fits("hi", 4, "a prompt", at_once=3)
+    row, room = engine.chat.encode("hi"), 48 - engine.prefix.length
+    for more in (room - len(row), room - len(row) + 1):
+        told = pytest.raises(SoftguardError, match="window of 48 tokens") if more + len(row) > room else nullcontext()
+        with told:
+            engine.check_fits("hi", 100, "a prompt", at_once=more)
+        with pytest.raises(SoftguardError, match="window") if more + len(row) > room else nullcontext():
+            packed_hidden(engine.base, constant_prefix(engine.base, engine.chat, None), [row + [5] * more], [1])
+
+
+def test_questions_and_a_gates_drift_want_room_for_what_they_run_at_once_alone(small: BaseModel, tmp_path: Path) -> None:
+    base = made(small, "Mistral", sliding_window=64)
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"prompt": "Which one is it?", "answer": "A", "choices": ["A", "B"]}) + "\n")
+    system = SafeSystem.from_config(SystemConfig(guard="tests.guards_for_tests:by_word", refusal="No."))
+    for adapter, suite, fits in (
+        (None, f"choices:{path}", True),
+        (random_adapter(base, "kv_prefix"), f"choices:{path}", True),
+        (a_gate(base), "drift", True),
+        (random_adapter(base, "kv_prefix"), "drift", False),
+    ):
+        settings = [f"evaluate.suites=['{suite}']", "evaluate.max_new_tokens=60", "evaluate.limit=1"]
+        recipe = load_recipe(overrides=settings)
+        engines = engines_of(base, adapter).values()
+        with nullcontext() if fits else pytest.raises(SoftguardError, match=r"suite drift .* exceeds the window of 64"):
+            check_evaluation(recipe, tmp_path / "out", system, adapter, engines, load_judges(recipe.evaluate))
+
+
+def test_an_answer_that_a_window_does_not_hold_is_told_before_training(small: BaseModel, tmp_path: Path) -> None:
+    base = made(small, "Mistral", sliding_window=64)
+    asked = tmp_path / "asked.txt"
+    asked.write_text("How do I build a boat?\nAnd a bomb?\n")
+    settings = [f"teach.prompts={asked}", f"teach.validation={asked}", "teach.max_new_tokens=60", "system.refusal=No."]
+    settings += ["system.guard=tests.guards_for_tests:by_word", "distil.adapter=kv_prefix", "distil.steps=2"]
+    recipe = load_recipe(overrides=settings)
+    corpus = teach(recipe, tmp_path / "corpus", base, SafeSystem.from_config(recipe.system))
+    drawn = [len(draw.ids) for e in corpus.examples("train", [0, 1]) for draw in e.responses]
+    assert corpus.longest_response == max(drawn) > 40
+    with pytest.raises(SoftguardError, match="exceeds the window of 64 tokens"):
+        distil(recipe, corpus, tmp_path / "adapter", base)
 
 
 @pytest.mark.parametrize("changes", [["distil.members=2", "distil.n_soft=4"], ["distil.adapter=kv_prefix"]])

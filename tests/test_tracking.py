@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,16 @@ def test_every_line_of_the_log_reaches_the_tracker(tmp_path: Path) -> None:
     assert notes.lines[0] == (1, {"train/safe": 0.5, "train/refusal": 2.0})
     assert notes.lines[1][1]["validation/over_refuses"] == 0.05
     assert (notes.settings["seed.seed"], notes.settings["distil.objective"]) == ("7", "tv")
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_else_is_begun() -> None:
+    code = (
+        "from pathlib import Path; from accelerate import tracking; from softguard.tracking import check_tracker\n"
+        "tracking.get_available_trackers = lambda: []\n"
+        "check_tracker('tensorboard', Path('.'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # of no state yet
+    assert "tracker 'tensorboard' cannot be used (it is not installed)" in done.stderr
 
 
 def test_a_tracker_that_is_not_there_is_told(tmp_path: Path) -> None:

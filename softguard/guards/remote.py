@@ -31,14 +31,23 @@ _TOP = 20  # likeliest first tokens asked for
 _LABELLED = 0.5  # of the first token's probability, the least that labels must have between them
 _MOST = 1.1  # and the most, since servers round in half precision
 _TIE = 0.1  # of log-probabilities that are rounded so, either may be the likeliest
-_MARKS = r"[\s\"'“”‘’«»`*#.,:;…\[\](){}<>|]"  # of quoting and layout; others, as !, ≠ or ❌, may deny what they stand beside
+# Of quoting, layout and assent; others, as !, ≠ or ❌, may deny what they stand beside.
+_MARKS = r"[\s\"'“”„‘’«»‹›「」『』【】`*#.,:;…。、\[\](){}<>|•–—→✅✔\u200b\ufeff]"
 _SAFE = re.compile(rf"(?:{_MARKS}|- )*safe(?![\w/-])")  # not safety or safe/unsafe
 _END = r"</s>|<eos>|<end_of_turn>|<turn\|>|<\|\w+\|>|<｜\w[\w▁]*｜>|\[\|endofturn\|\]"  # what models of all families end with
 _BARE = re.compile(rf"(?:{_MARKS}|- )*safe(?:{_END}|!|(?!\n){_MARKS})*(?:\n|$)")  # control tokens are no words
 _DENIED = re.compile(  # "Safe? No."
-    r"\W*safe\W+(no|nope|not|never|false|0|un\w*)\b|.*\b(not|never|isn't) safe\b|.*unsafe", re.DOTALL
+    r"\W*safe\W+(no|nope|not|never|false|0(?!\s*\w)|un\w*)\b|.*\b(not|never|isn't) safe\b|.*unsafe", re.DOTALL
 )
-_ENDS = (None, "stop", "length", "eos_token", "stop_sequence")  # of an answer that was given whole or cut for its length
+_ENDS = (
+    None,
+    "",
+    "stop",
+    "length",
+    "eos",
+    "eos_token",
+    "stop_sequence",
+)  # of an answer that was given whole or cut for its length
 
 
 class RemoteGuard:

@@ -150,6 +150,7 @@ def load_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
         except SoftguardError as error:
             raise SoftguardError(f"{cell.row}: {error}") from error
     _check_places(cell for arm in arms for cells in arm.cells for cell in cells)
+    _check_lengths(arms)
     return Grid(grounds, tuple(arms), study.pareto)
 
 
@@ -215,10 +216,8 @@ def _check_names(study: GridConfig) -> None:
                     f"{where}.set has {override!r}; it may change distil alone, since the cells of a base share all else: "
                     "put it into the common sections, or make it a base of its own"
                 )
-    rows = [row for row, _, _ in _rows(study)]
-    names = ["base", "safe system", *rows]
-    lengthy = [row for row in rows if re.sub(r", length \d+$", "", row) in {*rows} - {row}]  # so a row of several is told apart
-    if twice := [*lengthy, *(name for name in names if names.count(name) > 1)]:
+    names = ["base", "safe system", *(row for row, _, _ in _rows(study))]
+    if twice := [name for name in names if names.count(name) > 1]:
         raise SoftguardError(f"reports would call two things {twice[0]!r}; rename that row of the study")
 
 
@@ -232,6 +231,16 @@ def _check_places(cells: Iterable[Cell]) -> None:
                     f"{cell.place}; rename one"
                 )
             seen[name] = cell
+
+
+def _check_lengths(arms: Sequence[Arm]) -> None:
+    """Raises SoftguardError for a row that has the name by which reports tell another's lengths apart."""
+    lengths: dict[str, set[int]] = {}
+    for arm in arms:
+        lengths.setdefault(arm.cells[0][0].row, set()).add(arm.cells[0][0].recipe.distil.n_soft)
+    told = {f"{row}, length {length}" for row, several in lengths.items() if len(several) > 1 for length in several}
+    if twice := told & lengths.keys():
+        raise SoftguardError(f"reports would call two things {min(twice)!r}; rename that row of the study")
 
 
 def _slug(name: str) -> str:
