@@ -160,7 +160,8 @@ class Corpus:
         for split, shards in self.manifest["shards"].items():
             for number in range(len(shards)):
                 with self._shard(split, number) as table:
-                    responses = pc.list_flatten(table.read(columns=["responses"])["responses"])
+                    texts = table.read(columns=[f"responses.list.element.{name}" for name in ("ids", "instead")])
+                responses = pc.list_flatten(texts["responses"])
                 for name in ("ids", "instead"):
                     found = max(found, pc.max(pc.list_value_length(pc.struct_field(responses, name))).as_py() or 0)
         return found

@@ -72,9 +72,10 @@ class EncoderGuard:
         blob = (folder / "weights.safetensors").read_bytes()
         try:
             guard = cls(load(blob), card)
-            asked = [guard.name, guard.prompt_threshold, guard.fingerprint]
-            if "response.weight" in guard._weights:
-                asked.append(guard.response_threshold)
+            for question in ("prompt", "response"):  # all that is asked of the card later
+                if f"{question}.weight" in guard._weights:
+                    float(card["thresholds"][question])
+            _ = guard.name, guard.fingerprint
         except KeyError as error:
             raise SoftguardError(f"{folder} lacks the entry {error} in its card or weights; fit the guard again") from error
         except (AttributeError, TypeError, ValueError) as error:

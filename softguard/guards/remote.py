@@ -39,15 +39,8 @@ _BARE = re.compile(rf"(?:{_MARKS}|- )*safe(?:{_END}|!|(?!\n){_MARKS})*(?:\n|$)")
 _DENIED = re.compile(  # "Safe? No."
     r"\W*safe\W+(no|nope|not|never|false|0(?!\s*\w)|un\w*)\b|.*\b(not|never|isn't) safe\b|.*unsafe", re.DOTALL
 )
-_ENDS = (
-    None,
-    "",
-    "stop",
-    "length",
-    "eos",
-    "eos_token",
-    "stop_sequence",
-)  # of an answer that was given whole or cut for its length
+# Of an answer that was given whole or cut for its length.
+_ENDS = (None, "", "stop", "length", "eos", "eos_token", "stop_sequence")
 
 
 class RemoteGuard:
