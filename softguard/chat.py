@@ -193,7 +193,10 @@ class Chat:
     def _strips(self, before: list[dict[str, str]], role: str, after: list[dict[str, str]]) -> bool:
         """Whether the template leaves out blanks around a role's messages, as Llama 3's and Gemma's do."""
         texts = ("\ue000m\ue001", " \ue000m\ue001\n")
-        bare, blank = (self._render([*before, {"role": role, "content": text}, *after], True) for text in texts)
+        try:
+            bare, blank = (self._render([*before, {"role": role, "content": text}, *after], True) for text in texts)
+        except SoftguardError:  # of a template that takes no such conversation
+            return False
         return bare == blank
 
     def _template_ids(self, text: str) -> tuple[int, ...]:

@@ -137,14 +137,15 @@ def _check_lengths(recipe: Recipe, corpus: Corpus, engine: Engine) -> None:
     """Raises SoftguardError if the adapter leaves a prompt of the corpus too little room for what is learned of it."""
     refusals = [len(engine.chat.encode_response(text)) for text in corpus.manifest["refusals"]]
     drawn = [recipe.teach.max_new_tokens] if recipe.distil.objective in ON_POLICY else []  # of the student's own answers
-    drawn += [] if recipe.distil.adapter == "gate" else [corpus.longest_response]
+    wanted, window = recipe.distil, engine.base.window
+    if wanted.taken_steps and wanted.adapter != "gate":
+        drawn.append(corpus.longest_response)
     before, longest, new = engine.prefix.length, corpus.manifest["longest"], max(refusals + drawn)
     if before + longest + new > engine.base.context:
         raise SoftguardError(
             f"the longest prompt of corpus {corpus.folder} has {longest} tokens; with {before} of prefix and {new} new ones it "
             f"exceeds the model's context of {engine.base.context}; take a shorter adapter, or teach without that prompt"
         )
-    wanted, window = recipe.distil, engine.base.window
     beside = wanted.n_soft // wanted.members if wanted.adapter == "gate" else new - 1  # the last is not fed
     if wanted.taken_steps and window is not None and before + longest + beside > window:
         raise SoftguardError(

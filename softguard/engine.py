@@ -176,9 +176,10 @@ class Engine:
             if batch:
                 yield batch
 
-    def check_fits(self, prompt: str, max_new_tokens: int, what: str, at_once: int = 0) -> None:
+    def check_fits(self, prompt: str, max_new_tokens: int, what: str, at_once: int | None = None) -> None:
         """Raises SoftguardError, in which `what` stands for it, for a prompt of no tokens or that does not fit the context, or
-        a window of attention: a gate needs the prompt in it, and a pass over prompt and answer `at_once` so many tokens more.
+        a window of attention: a gate needs the prompt in it, and a pass over prompt and answer so many tokens more as `at_once`
+        says; none: there is no such pass.
         """
         self._check_length(len(self.chat.encode(prompt)), max_new_tokens, what, at_once)
 
@@ -188,7 +189,7 @@ class Engine:
         self._check_length(len(ids), max_new_tokens, "the conversation")
         return ids
 
-    def _check_length(self, length: int, new: int, what: str, at_once: int = 0) -> None:
+    def _check_length(self, length: int, new: int, what: str, at_once: int | None = None) -> None:
         if not length:
             raise SoftguardError(
                 f"{what} is empty, and the chat template of {self.base.name!r} puts nothing behind it; fill it in"
@@ -199,8 +200,8 @@ class Engine:
                 f"context of {self.base.context}; shorten it"
             )
         own = self.gate.n_soft // self.gate.members if self.gate is not None else 0
-        others = self.prefix.length + max(own, at_once)
-        if self._window is not None and (own or at_once) and length + others > self._window:
+        others = self.prefix.length + max(own, at_once or 0)
+        if self._window is not None and (own or at_once is not None) and length + others > self._window:
             raise SoftguardError(
                 f"{what} has {length} tokens; with {others} others it exceeds the window of {self._window} tokens "
                 "that the model's attention has, and that must hold them all here; shorten it"

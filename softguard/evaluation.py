@@ -203,17 +203,25 @@ def check_evaluation(
         system.config.check_taught(taught, "the adapter", own)
     check_folder(out)
     suites = load_suites(recipe.evaluate.suites, recipe.evaluate.split, recipe.evaluate.limit)
-    is_packed = adapter is not None and adapter.kind != "gate"  # of which drift asks every token of an answer
+    new = recipe.evaluate.max_new_tokens
     for engine in engines:
-        drawn = recipe.evaluate.max_new_tokens if is_packed else len(engine.chat.encode_response(system.config.refusal))
+        drift: int | None = new - 1  # tokens behind the prompt that drift runs with it
+        if adapter is None or adapter.kind == "gate":  # of an answer as far as it is the refusal
+            drift = min(new, len(engine.chat.encode_response(system.config.refusal))) - 1
+        if adapter is None and not _tells_drift(system):
+            drift = None
         for suite in suites:
             for number, prompt in enumerate(suite.prompts):
                 choices = suite.choices[number] if suite.choices else ()  # which are scored, as if they had been answered
                 scored = [len(engine.chat.response_ids(choice)) for choice in choices]
-                at_once = drawn - 1 if suite.measure == "drift" else max(scored, default=1) - 1  # the last is not fed
-                new = max(recipe.evaluate.max_new_tokens, *scored, 0)
-                engine.check_fits(prompt, new, f"prompt {number + 1} of suite {suite.name}", at_once)
+                at_once = {"drift": drift, "accuracy": max(scored, default=1) - 1}.get(suite.measure)
+                engine.check_fits(prompt, max(new, *scored, 0), f"prompt {number + 1} of suite {suite.name}", at_once)
     return suites
+
+
+def _tells_drift(system: SafeSystem) -> bool:
+    """Whether its drift can be told: of one that reads answers only enumeration could, see `_Run._system_drift`."""
+    return system.config.mode == "prompt" and not system.config.policy
 
 
 class _Run:
@@ -318,7 +326,7 @@ class _Run:
         kept = self._kept("base", suite, list(settings), make, is_one)
         drawn = [Response(tuple(ids), text) for ids, text in kept]
         rows = []
-        if self.system.config.mode == "prompt" and not self.system.config.policy:
+        if _tells_drift(self.system):
             rows.append(self._mean_row("safe_system", suite, "token_tv", self._system_drift(suite, drawn)))
         if self.adapter is not None:
             told = self._teller("distilled drift", suite)

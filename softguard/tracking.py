@@ -18,9 +18,8 @@ def check_tracker(name: Any, folder: Path) -> None:
 
     with _told(name):
         known, there = set(LoggerType.list()) - {LoggerType.ALL.value}, map(str, get_available_trackers())
-        if isinstance(name, str) and name in known and name not in there:
+        if (isinstance(name, str) and name in known and name not in there) or not filter_trackers(name, str(folder)):
             raise ValueError("it is not installed")
-        filter_trackers(name, str(folder))
 
 
 class Tracker:

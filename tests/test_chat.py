@@ -45,6 +45,15 @@ def test_a_template_that_trims_its_messages_gets_them_trimmed(base: BaseModel) -
     )
 
 
+def test_a_template_of_single_turns_takes_single_turns(base: BaseModel, chat: Chat) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    alone = "{% if messages|length > 2 %}{{ raise_exception('single turns alone') }}{% endif %}"
+    tokenizer.chat_template = alone + tokenizer.chat_template
+    assert Chat(tokenizer).encode("hello") == chat.encode("hello")
+    with pytest.raises(SoftguardError, match="single turns alone"):
+        Chat(tokenizer).encode_turns([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")])
+
+
 @pytest.mark.parametrize(
     "turns", [[], [Turn("assistant", "x")], [Turn("user", "x"), Turn("user", "y")], [Turn("user", "x"), Turn("assistant", "y")]]
 )

@@ -243,19 +243,21 @@ def test_what_is_run_at_once_wants_room_in_the_window(small: BaseModel) -> None:
 
 def test_questions_and_a_gates_drift_want_room_for_what_they_run_at_once_alone(small: BaseModel, tmp_path: Path) -> None:
     base = made(small, "Mistral", sliding_window=64)
-    path = tmp_path / "questions.jsonl"
-    path.write_text(json.dumps({"prompt": "Which one is it?", "answer": "A", "choices": ["A", "B"]}) + "\n")
+    short, long = tmp_path / "short.jsonl", tmp_path / "long.jsonl"
+    for path, times in ((short, 1), (long, 20)):
+        path.write_text(json.dumps({"prompt": "Which one is it? " * times, "answer": "A", "choices": ["A", "B"]}) + "\n")
     system = SafeSystem.from_config(SystemConfig(guard="tests.guards_for_tests:by_word", refusal="No."))
     for adapter, suite, fits in (
-        (None, f"choices:{path}", True),
-        (random_adapter(base, "kv_prefix"), f"choices:{path}", True),
+        (None, f"choices:{short}", True),
+        (random_adapter(base, "kv_prefix"), f"choices:{short}", True),
+        (None, f"choices:{long}", False),
         (a_gate(base), "drift", True),
         (random_adapter(base, "kv_prefix"), "drift", False),
     ):
         settings = [f"evaluate.suites=['{suite}']", "evaluate.max_new_tokens=60", "evaluate.limit=1"]
         recipe = load_recipe(overrides=settings)
         engines = engines_of(base, adapter).values()
-        with nullcontext() if fits else pytest.raises(SoftguardError, match=r"suite drift .* exceeds the window of 64"):
+        with nullcontext() if fits else pytest.raises(SoftguardError, match=r"suite (drift|long) .* exceeds the window of 64"):
             check_evaluation(recipe, tmp_path / "out", system, adapter, engines, load_judges(recipe.evaluate))
 
 

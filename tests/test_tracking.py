@@ -51,10 +51,12 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_else_is_begun()
     code = (
         "from pathlib import Path; from accelerate import tracking; from softguard.tracking import check_tracker\n"
         "tracking.get_available_trackers = lambda: []\n"
-        "check_tracker('tensorboard', Path('.'))"
+        "check_tracker(NAME, Path('.'))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # of no state yet
-    assert "tracker 'tensorboard' cannot be used (it is not installed)" in done.stderr
+    for name in ("'tensorboard'", "'all'"):
+        command = [sys.executable, "-c", code.replace("NAME", name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # of no state yet
+        assert f"tracker {name} cannot be used (it is not installed)" in done.stderr
 
 
 def test_a_tracker_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ _SAFE = re.compile(rf"(?:{_MARKS}|- )*safe(?![\w/-])")  # not safety or safe/uns
 _END = r"</s>|<eos>|<end_of_turn>|<turn\|>|<\|\w+\|>|<｜\w[\w▁]*｜>|\[\|endofturn\|\]"  # what models of all families end with
 _BARE = re.compile(rf"(?:{_MARKS}|- )*safe(?:{_END}|!|(?!\n){_MARKS})*(?:\n|$)")  # control tokens are no words
 _DENIED = re.compile(  # "Safe? No."
-    r"\W*safe\W+(no|nope|not|never|false|0(?!\s*\w)|un\w*)\b|.*\b(not|never|isn't) safe\b|.*unsafe", re.DOTALL
+    r"\W*safe\W+(no|nope|not|never|false|0|un\w*)\b|.*\b(not|never|isn't) safe\b|.*unsafe", re.DOTALL
 )
 # Of an answer that was given whole or cut for its length.
 _ENDS = (None, "", "stop", "length", "eos", "eos_token", "stop_sequence")
