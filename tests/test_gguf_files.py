@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from softguard.errors import SoftguardError
-from softguard.gguf_files import read_once
+from softguard.gguf_files import config_of, read_once
 from softguard.models import BaseModel, load_base, locate
 
 SHAPE = {
@@ -111,6 +111,38 @@ def test_what_transformers_leaves_out_of_a_file_is_refused(
     path = write_gguf(tmp_path / "a.gguf", made(rope_type="default", rope_theta=10_000.0), tensors, said)
     with pytest.raises(SoftguardError, match=rf"a\.gguf .*{told}; give the folder of its safetensors with model\.quantize"):
         load_base(path)
+
+
+def described(path: Path, make: str, layers: int) -> Path:
+    """A file of no tensors, whose positions turn by 12,345."""
+    writer = gguf.GGUFWriter(path, make)
+    writer.add_block_count(layers)
+    writer.add_embedding_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(12_345.0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_the_base_of_frequencies_is_the_file_s_whatever_the_make(tmp_path: Path) -> None:
+    with read_once():
+        for make in ("llama", "qwen2", "starcoder2"):
+            config = config_of(described(tmp_path / f"{make}.gguf", make, 2))
+            assert config.rope_parameters["rope_theta"] == 12_345.0
+
+
+@pytest.mark.parametrize(("make", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_a_make_whose_scale_of_attention_no_file_says_is_refused(make: str, layers: int, tmp_path: Path) -> None:
+    with read_once():
+        config_of(described(tmp_path / "a.gguf", make, layers - 1))
+        with pytest.raises(
+            SoftguardError, match=r"b\.gguf is of a make whose attention is scaled by what GGUF files do not say"
+        ):
+            config_of(described(tmp_path / "b.gguf", make, layers))
 
 
 def test_a_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
