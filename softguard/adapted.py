@@ -7,7 +7,6 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from softguard import frozen
@@ -16,13 +15,18 @@ from softguard.errors import SoftguardError
 from softguard.models import BaseModel
 
 
+def changes_layers(adapter: Adapter | None) -> bool:
+    """Whether an adapter is in the model's layers; others stand before the rows."""
+    return adapter is not None and adapter.kind in ("lora", "steering")
+
+
 def adapted(base: BaseModel, adapter: Adapter | None) -> BaseModel:
     """The base with the adapter in its layers; the base itself where nothing in them changes.
 
     The copy's modules are new, its weights are the base's own, so that both run side by side. Gradients reach the adapter's
     tensors where these are parameters that want them. Raises SoftguardError for a LoRA that PEFT does not put there.
     """
-    if adapter is None or adapter.kind not in ("lora", "steering"):
+    if adapter is None or not changes_layers(adapter):
         return base
     shared = {id(tensor): tensor for tensor in (*base.model.parameters(), *base.model.buffers())}
     model = copy.deepcopy(base.model, shared)
@@ -85,8 +89,3 @@ class _Steered(nn.Module):
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-
-
-def changed_inside(model: nn.Module) -> bool:
-    """Whether some weights of the model are trained."""
-    return torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())

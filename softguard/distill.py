@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from softguard.adapters import Adapter, as_stored
 from softguard.chat import Chat
 from softguard.config import Recipe, fingerprint
 from softguard.corpus import Corpus, Example
+from softguard.divergences import P_SAFE_RANGE
 from softguard.engine import Engine
 from softguard.errors import DivergedError, SoftguardError
 from softguard.files import check_folder, read_json, write_file, write_json, write_text
@@ -31,7 +33,7 @@ from softguard.models import BaseModel
 from softguard.objectives import PAIRED, Batch, Losses, find_objective
 from softguard.passes import Passes, Probe, token_scale
 from softguard.prompts import thin
-from softguard.rollouts import ON_POLICY, Rollouts, draw, losses
+from softguard.rollouts import ON_POLICY, Rollouts, draw, losses, shortfall
 
 _ONE_REFUSAL = "and a gate says one refusal; choose another distil.adapter, such as kv_prefix"
 _CONTRAST = 64  # prompts of each sort whose difference a steering vector starts from
@@ -120,7 +122,12 @@ def check_run(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> Non
     own_threshold = corpus.manifest["threshold"] if taught["threshold"] is None else None
     recipe.system.check_taught(taught, f"corpus {corpus.folder}", own_threshold)
     _check_lengths(recipe, corpus, engine)
-    adapter = recipe.distil.adapter
+    adapter, cut = recipe.distil.adapter, corpus.manifest["threshold"]
+    if recipe.distil.taken_steps and adapter == "gate" and cut is not None and not P_SAFE_RANGE[0] <= cut <= P_SAFE_RANGE[1]:
+        raise SoftguardError(
+            f"the system of corpus {corpus.folder} cuts p(safe) at {cut}, so near an end that a gate cannot tell the two sides "
+            f"apart; teach with a system.threshold from {P_SAFE_RANGE[0]} to {P_SAFE_RANGE[1]}"
+        )
     if recipe.distil.taken_steps and adapter != "gate" and not corpus.examples("train", [0])[0].responses[0].ids:
         raise SoftguardError(
             f"corpus {corpus.folder} holds no responses, which a {adapter} learns from; teach again with teach.max_new_tokens "
@@ -316,7 +323,7 @@ class _Trainer:
                 total = loss()
                 self._backward(total)
                 self._move()
-            safe = -float(rollouts.reward.mean())
+            safe = float(self._shortfall(rollouts).mean())
         else:
             self.optimiser.zero_grad()
             mine, scale = examples[self.rank :: self.processes], token_scale(examples, epoch)
@@ -370,24 +377,29 @@ class _Trainer:
         seed = 1_000_003 * self.recipe.seed + stream
         return draw(self.passes, examples, self.guard, self.recipe.teach.max_new_tokens, seed)
 
+    def _shortfall(self, rollouts: Rollouts) -> Tensor:
+        return shortfall(self.config.objective, rollouts, self.config.beta)
+
     def _batch(self, examples: Sequence[Example], epoch: int, prompts: int, pairs: bool | None = None) -> tuple[Batch, Tensor]:
         pairs = self.config.objective in PAIRED if pairs is None else pairs
         batch, first = self.passes.batch(examples, epoch, prompts, self.drift_weight, pairs)
         return batch._replace(beta=self.config.beta), first
 
-    def _validation_batches(self) -> list[list[int]]:
-        indices = thin(list(range(self.corpus.size("validation"))), self.config.validation_prompts)
-        size = self.config.batch_size
-        return [indices[start : start + size] for start in range(0, len(indices), size)]
+    def _validation_indices(self) -> list[int]:
+        return thin(list(range(self.corpus.size("validation"))), self.config.validation_prompts)
+
+    @cached_property
+    def _validation_scale(self) -> float:
+        return token_scale(self.corpus.examples("validation", self._validation_indices()), 0)
 
     @torch.no_grad()
     def _validate(self) -> Step:
-        batches = self._validation_batches()
-        take = sum(map(len, batches))
+        shown, size = self._validation_indices(), self.config.batch_size
+        take = len(shown)
         safe = refusal = 0.0
         probes = []
-        for indices in batches:
-            examples = self._examples("validation", indices)
+        for start in range(0, take, size):
+            examples = self._examples("validation", shown[start : start + size])
             if self.student.kind == "gate":
                 log_odds = self.passes.log_odds(examples).mean(-1)
                 probes.append(self.passes.gate_probe(examples, log_odds))
@@ -397,11 +409,11 @@ class _Trainer:
             batch, first = self._batch(examples, 0, take, pairs=False)
             probes.append(self.passes.probe(examples, batch, first))
             if self.on_policy:
-                safe -= float(self._draw(examples, 0).reward.sum()) / take
+                safe += float(self._shortfall(self._draw(examples, 0)).sum()) / take
                 continue
             if self.config.objective in PAIRED:
                 batch, _ = self._batch(examples, 0, take)
-            branch = self.objective(batch, self.config.length)
+            branch = self.objective(batch._replace(scale=self._validation_scale), self.config.length)
             safe, refusal = safe + branch.safe.item(), refusal + branch.refusal.item()
         sums = Probe(*map(sum, zip(*probes, strict=True)))
         entry = Step(
@@ -425,17 +437,13 @@ class _Trainer:
             self.best_loss, self.since_best, self.best = loss, 0, self._now()
         return entry
 
-    @torch.no_grad()
     def _bias(self) -> float:
-        """Of the best gate, see `gate.bias`."""
-        for name, tensor in self.student.tensors.items():
-            tensor.copy_(self.best[name])
-        log_odds, refused = [], []
-        for indices in self._validation_batches():
-            examples = self._examples("validation", indices)
-            log_odds.append(self.passes.log_odds(examples).mean(-1).cpu())
-            refused += [e.refusal_rate > 0.5 for e in examples]
-        return gate.bias(torch.cat(log_odds), torch.tensor(refused))
+        """Of the best gate, see `gate.bias`: of the vectors as they are stored, by the pass that refuses."""
+        stored = {name: tensor.to(self.base.device).float() for name, tensor in as_stored(self.best).items()}
+        examples = self.corpus.examples("validation", self._validation_indices())
+        engine = Engine(self.base, replace(self.student, tensors=stored))
+        log_odds = engine.log_odds([e.prompt for e in examples])
+        return gate.bias(log_odds, torch.tensor([e.refusal_rate > 0.5 for e in examples]))
 
     def _resume(self) -> None:
         """Take up the checkpoint, if there is one, and drop log lines written after it."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from softguard import frozen
-from softguard.adapted import changed_inside
 from softguard.attention import Layout, alike, attend, attend_backward
 from softguard.errors import SoftguardError
 from softguard.models import BaseModel
@@ -34,11 +33,16 @@ _KNOWN = (
 
 
 def packed_hidden(
-    base: BaseModel, prefix: ConstantPrefix, rows: Sequence[Sequence[int]], wanted: Sequence[int]
+    base: BaseModel,
+    prefix: ConstantPrefix,
+    rows: Sequence[Sequence[int]],
+    wanted: Sequence[int],
+    own_code: bool = False,
 ) -> list[Tensor]:
     """Last hidden states, (wanted[i], hidden), at the last `wanted[i]` tokens of each row of ids, all behind `prefix`.
 
-    Gradients reach the prefix. Raises SoftguardError for a model whose attention sees less than the whole row.
+    Gradients reach the prefix. `own_code`: run all layers by the model's own code, so that they reach weights within them, too.
+    Raises SoftguardError for a model whose attention sees less than the whole row.
     """
     groups = alike([len(row) for row in rows])
     order = [i for group in groups for i in group]  # of the rows in the flat sequence
@@ -51,7 +55,7 @@ def packed_hidden(
     embeddings = torch.cat([prefix.embeddings, base.model.get_input_embeddings()(ids)])
     at = Layout(length, [[len(rows[i]) for i in group] for group in groups], prefix.embeddings, before)
     decoder = base.model.get_decoder()
-    if frozen.is_plain(decoder) and not changed_inside(decoder):
+    if frozen.is_plain(decoder) and not own_code:
         hidden = frozen.run_layers(decoder, embeddings, positions, [at] * len(decoder.layers), prefix.keys_values)
     else:
         _check(decoder)

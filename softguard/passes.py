@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softguard.adapted import adapted
+from softguard.adapted import adapted, changes_layers
 from softguard.adapters import Adapter
 from softguard.chat import Chat
 from softguard.corpus import Example
@@ -30,6 +30,8 @@ class Passes:
         """`adapter`: its tensors want gradients. `refusals`: all of the system's, the one without a category first."""
         self.base, self.adapter = base, adapter
         self.student_base = adapted(base, adapter)
+        # Both by the same code: TV's slope is a sign, so that where student and base agree rounding alone would have a gradient.
+        self._own_code = changes_layers(adapter)
         self.chat = Chat(base.tokenizer, adapter.slot, base.stop_ids)
         self.refusals = [tuple(self.chat.encode_response(refusal)) for refusal in refusals]
         self._teacher_prefix = constant_prefix(base, self.chat, None)
@@ -37,12 +39,12 @@ class Passes:
     def student(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[Tensor]:
         """Last hidden states, (wanted[i], hidden), at the last tokens of each row; gradients reach the adapter."""
         prefix = constant_prefix(self.student_base, self.chat, self.adapter)
-        return packed_hidden(self.student_base, prefix, rows, wanted)
+        return packed_hidden(self.student_base, prefix, rows, wanted, self._own_code)
 
     @torch.no_grad()
     def teacher(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[Tensor]:
         """The same of the base."""
-        return packed_hidden(self.base, self._teacher_prefix, rows, wanted) if rows else []
+        return packed_hidden(self.base, self._teacher_prefix, rows, wanted, self._own_code) if rows else []
 
     def log_odds(self, examples: Sequence[Example]) -> Tensor:
         """The log-odds of refusing of a gate's members, (examples, members); gradients reach the adapter."""
@@ -82,7 +84,8 @@ class Passes:
         rows = [encoded[i] + answer[:-1] for i, answer in zip([*safe, *(i for i, *_ in refused)], answers, strict=True)]
         wanted = [len(answer) for answer in answers]
         hidden = self.student(rows, wanted)
-        teacher = [draw.hidden.to(self.base.head.weight) for draw in (drawn[i] for i in safe) if draw.hidden is not None]
+        kept = [draw.hidden.to(self.base.head.weight) for draw in (drawn[i] for i in safe) if draw.hidden is not None]
+        teacher = [] if self._own_code else kept
         if len(teacher) < len(safe):
             teacher = self.teacher(rows[: len(safe)], wanted[: len(safe)])
         response, mask = padded_ids(responses, self.base.device)

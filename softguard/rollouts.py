@@ -81,6 +81,11 @@ def token_rewards(rollouts: Rollouts, beta: float) -> Tensor:
     return rewards.scatter_add(1, last[:, None], rollouts.reward[:, None])
 
 
+def shortfall(objective: str, rollouts: Rollouts, beta: float) -> Tensor:
+    """What the objective minimises of each answer, (S,): −α, and for ppo β times the log-ratio to the base besides."""
+    return -token_rewards(rollouts, beta if objective == "ppo" else 0.0).sum(-1)
+
+
 def ppo(log_probs: Tensor, old: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
     """−E min(ρA, clip(ρ, 1 ± ε)A), ρ = q/q_old, a mean over the answers' tokens; all (S, T)."""
     ratio = (log_probs - old).exp()

@@ -82,7 +82,7 @@ def test_packed_passes_give_the_gradients_of_whole_rows(kind: Kind, small: BaseM
     adapter = Adapter(kind, parameters, "start", {})
     changed = adapted(small, adapter)
     prefix = constant_prefix(changed, Chat(small.tokenizer), adapter)
-    ours = torch.cat(packed_hidden(changed, prefix, ROWS, [len(row) for row in ROWS]))
+    ours = torch.cat(packed_hidden(changed, prefix, ROWS, [len(row) for row in ROWS], own_code=True))
     expected = torch.cat([whole_row(changed, prefix, row)[-len(row) :] for row in ROWS])
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))

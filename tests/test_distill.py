@@ -293,6 +293,36 @@ def test_what_is_saved_is_the_best_of_all_validations_by_the_weighted_loss(
     assert saved.facts["validation_loss"] == pytest.approx(best)
 
 
+@pytest.mark.parametrize("objective", ["sft", "tv", "kl-paper"])
+def test_validation_does_not_depend_on_the_size_of_its_batches(
+    prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path, objective: str
+) -> None:
+    found = []
+    for size in (1, 3, 8):
+        changes = [f"distil.objective={objective}", "distil.length=mean", f"distil.batch_size={size}"]
+        line = _Trainer(recipe(prompts, *changes), corpus, tmp_path, small)._validate()
+        found.append((line.safe, line.refusal))
+    assert found[1:] == [pytest.approx(found[0], rel=1e-4)] * 2
+
+
+def test_ppo_validates_by_what_it_minimises(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
+    lines = []
+    for beta in (1.0, 2.0, 3.0):
+        trainer = _Trainer(recipe(prompts, "distil.objective=ppo", f"distil.beta={beta}"), corpus, tmp_path, small)
+        lines.append(trainer._validate().safe)
+    strayed = lines[1] - lines[0]
+    assert strayed != 0
+    assert lines[2] - lines[0] == pytest.approx(2 * strayed, rel=1e-3)
+
+
+def test_a_threshold_that_a_gate_cannot_learn_is_refused(prompts: Path, small: BaseModel, tmp_path: Path) -> None:
+    wanted = recipe(prompts, "system.threshold=0.99995", "distil.adapter=gate")
+    made = teach(wanted, tmp_path / "corpus", small, SafeSystem.from_config(wanted.system))
+    with pytest.raises(SoftguardError, match=r"cuts p\(safe\) at 0\.99995, so near an end that a gate .* teach with"):
+        check_run(wanted, made, tmp_path / "out", small)
+    check_run(recipe(prompts, "system.threshold=0.99995"), made, tmp_path / "out", small)
+
+
 def test_validation_tells_which_prompts_a_gate_refuses(
     prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

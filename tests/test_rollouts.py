@@ -3,7 +3,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from softguard.rollouts import CLIP, GAMMA, LAMBDA, Rollouts, advantages, ppo, reinforce, token_rewards
+from softguard.rollouts import CLIP, GAMMA, LAMBDA, Rollouts, advantages, ppo, reinforce, shortfall, token_rewards
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -59,6 +59,8 @@ def test_straying_is_paid_for_at_every_token_and_safety_at_the_last() -> None:
     rollouts = Rollouts([], [], mask, torch.tensor([0.7, 0.2]), old, base)
     expected = torch.tensor([[-0.1 * 0.5, 0.1 * 1.0 + 0.7], [0.1 * 1.0 + 0.2, 0.0]])
     torch.testing.assert_close(token_rewards(rollouts, 0.1), expected)
+    torch.testing.assert_close(shortfall("ppo", rollouts, 0.1), -expected.sum(-1))
+    torch.testing.assert_close(shortfall("reinforce", rollouts, 0.1), -rollouts.reward)
 
 
 def test_ppo_is_the_policy_gradient_where_the_policy_has_not_moved() -> None:

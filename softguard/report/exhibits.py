@@ -99,10 +99,11 @@ def lines_of(exhibit: Exhibit, rows: Sequence[Row]) -> list[Line]:
     else:
         ours = _systems(exhibit, rows)
         for group in groups:
-            for m in group[0]["metrics"]:
+            found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}  # a seed may lack one, such as a gap where there is none
+            for m in (m for row in group for m in row["metrics"]):
                 if m["system"] == "distilled" and _belongs(exhibit, m["suite"], m["metric"]):
-                    found = [metric_of(row, "distilled", m["suite"], m["metric"]) for row in group]
-                    ours.append(_line(exhibit, group[0]["base"], group[0]["method"], [x for x in found if x is not None]))
+                    found.setdefault((m["suite"], m["metric"]), []).append(m)
+            ours += [_line(exhibit, group[0]["base"], group[0]["method"], same) for same in found.values()]
     ours.sort(key=lambda line: (line.base, line.suite))
     return ours + [line for line in published() if line.exhibit == exhibit.name]
 

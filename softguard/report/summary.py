@@ -51,12 +51,14 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
         for system in ["distilled"] if any(f.base == base for f in found) else [*SYSTEMS, "distilled"]:
             kept = group if system == "distilled" else group[:1]
             method = SYSTEMS.get(system) or group[0]["method"]
-            for m in group[0]["metrics"]:
-                if m["system"] != system or m["metric"] == "over_refusal_change":  # it follows from over_refusal, of all seeds
+            own = dict.fromkeys((m["suite"], m["metric"]) for row in kept for m in row["metrics"] if m["system"] == system)
+            for suite, name in own:
+                if name == "over_refusal_change":  # it follows from over_refusal, of all seeds
                     continue
-                for metric, estimate, each in _estimates(kept, system, m["suite"], m["metric"]):
+                having = [row for row in kept if metric_of(row, system, suite, name) is not None]
+                for metric, estimate, each in _estimates(having, system, suite, name):
                     ends = (min(each), max(each))
-                    found.append(Figure(base, method, m["suite"], metric, *estimate[:3], *ends, estimate.n, len(each)))
+                    found.append(Figure(base, method, suite, metric, *estimate[:3], *ends, estimate.n, len(each)))
     return found
 
 
