@@ -63,7 +63,7 @@ def _corpus(prompts: int) -> dict[str, Any]:
         vocab_size=len(real.tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    base = BaseModel("two random layers", model, real.tokenizer, fingerprint(model))
+    base = BaseModel("two random layers", model, real.tokenizer, fingerprint(model, real.tokenizer))
     del real
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "prompts.txt"

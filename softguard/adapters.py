@@ -30,7 +30,7 @@ from softguard.errors import DivergedError, SoftguardError
 from softguard.files import read_json, write_file, write_json
 from softguard.models import BaseModel
 
-VERSION = 4
+VERSION = 5
 VECTORS = "prompt_embeddings"  # PEFT's name for the vectors of soft prompts and prefixes
 DIRECTION = "direction."  # llama.cpp's for a steering vector; the layer's number follows
 Kind = Literal["soft_prompt", "kv_prefix", "gate", "lora", "steering", "text"]
@@ -151,7 +151,7 @@ def as_stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def whole_weights(folder: Path, facts: Mapping[str, Any]) -> bytes:
     """The file of an adapter's weights; `facts`: what its `softguard.json` says.
 
-    Raises SoftguardError if one of the two is not as it was written. Versions before 4 have no seal.
+    Raises SoftguardError if one of the two is not as it was written.
     """
     try:
         blob = (folder / "adapter_model.safetensors").read_bytes()
@@ -162,7 +162,7 @@ def whole_weights(folder: Path, facts: Mapping[str, Any]) -> bytes:
             f"adapter {folder} is damaged: its weights are not those softguard.json was written for; distil again"
         )
     said = {key: value for key, value in facts.items() if key != "seal"}
-    if facts.get("version") == VERSION and fingerprint(said) != facts.get("seal"):
+    if fingerprint(said) != facts.get("seal"):
         raise SoftguardError(f"adapter {folder} is damaged: its softguard.json is not as it was written; distil again")
     return blob
 

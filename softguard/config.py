@@ -28,13 +28,16 @@ DEFAULT_INSTRUCTION = (
 )
 
 
+Quantize = Literal["none", "q8_0", "q4_0", "q4_1"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The frozen base model."""
 
     name: str = "smollm2"  # hub id, folder with safetensors, .gguf file, or "smollm2", the installed demo model
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # auto: bfloat16 where the hardware multiplies it faster
-    quantize: Literal["none", "q8_0", "q4_0", "q4_1"] = "none"  # round the linear weights as such a GGUF file has them
+    quantize: Quantize = "none"  # round the linear weights as such a GGUF file has them
     device: str = "auto"
     threads: int = 0  # CPU threads; 0 leaves PyTorch's own choice
 

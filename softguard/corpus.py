@@ -353,6 +353,8 @@ def _draw_split(
             stored = _stored(path)
             if stored.get(b"prompts", asked.encode()) != asked.encode():
                 raise SoftguardError(f"{path} holds other prompts than {source} has now; choose another --out or remove it")
+            if stored.get(b"settings", settings.encode()) != settings.encode():  # of a run that began here since that was asked
+                raise SoftguardError(f"{path} was made with other settings; choose another --out or remove it")
             if not {b"prompts", b"settings"} <= stored.keys() or (number < len(known) and _digest(path) != known[number]):
                 raise SoftguardError(f"{path} is damaged; remove it and teach again")
             drawn(len(shard))

@@ -9,6 +9,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from softguard.corpus import Corpus, Example
 from softguard.divergences import P_SAFE_RANGE
 from softguard.engine import Engine
 from softguard.errors import DivergedError, SoftguardError
-from softguard.files import check_folder, read_json, write_file, write_json, write_text
+from softguard.files import alone, check_folder, read_json, write_file, write_json, write_text
 from softguard.guards import Guard, load_guard
 from softguard.initial import initial_adapter
 from softguard.models import BaseModel
@@ -91,6 +92,8 @@ def check_distil(recipe: Recipe, out: Path, base: BaseModel) -> Engine:
     be written.
     """
     check_folder(out)
+    if (out / "config.json").is_file():
+        raise SoftguardError(f"{out} holds a model, which an adapter beside it would change; choose another --out")
     check_objective(recipe)
     wanted = recipe.distil
     if wanted.n_soft >= base.context and wanted.adapter in ("soft_prompt", "kv_prefix", "gate"):
@@ -133,8 +136,13 @@ def check_run(recipe: Recipe, corpus: Corpus, out: Path, base: BaseModel) -> Non
             f"corpus {corpus.folder} holds no responses, which a {adapter} learns from; teach again with teach.max_new_tokens "
             "above 0"
         )
+    _check_own(out, _settings(recipe, corpus, base))
+
+
+def _check_own(out: Path, settings: str) -> None:
+    """Raises SoftguardError if `out` holds a run of other settings."""
     for name, what in (("softguard.json", "adapter"), ("checkpoint/state.json", "checkpoint")):
-        if (out / name).is_file() and read_json(out / name, what).get("settings") != _settings(recipe, corpus, base):
+        if (out / name).is_file() and read_json(out / name, what).get("settings") != settings:
             raise SoftguardError(
                 f"{out} holds a run with other settings, model, precision or corpus; choose another --out or remove it"
             )
@@ -275,6 +283,11 @@ class _Trainer:
         return {**self.student.tensors, **head}  # type: ignore[dict-item]  # parameters, see __init__
 
     def run(self, progress: Callable[[Step], None]) -> Adapter:
+        with nullcontext() if self.rank else alone(self.out / "checkpoint" / ".lock"):
+            _check_own(self.out, self.settings)  # another run may have begun and ended here since that was asked
+            return self._run(progress)
+
+    def _run(self, progress: Callable[[Step], None]) -> Adapter:
         self._resume()
         if self.rank:
             progress = _silent

@@ -103,6 +103,24 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`. Raises SoftguardError if another process does, or if it cannot be made."""
+    import fcntl
+
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context(open(path, "w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SoftguardError(
+                f"{path.parent} is being written by another process; let that one end, or choose another folder"
+            ) from error
+        except OSError as error:
+            raise SoftguardError(f"{path} could not be written ({error.strerror}); choose another folder") from error
+        yield
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object that softguard wrote. Raises SoftguardError naming `what` if it is missing or damaged."""
     try:

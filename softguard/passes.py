@@ -30,7 +30,7 @@ class Passes:
         """`adapter`: its tensors want gradients. `refusals`: all of the system's, the one without a category first."""
         self.base, self.adapter = base, adapter
         self.student_base = adapted(base, adapter)
-        # Both by the same code: TV's slope is a sign, so that where student and base agree rounding alone would have a gradient.
+        # Both by the same code: TV's slope is a sign, so that rounding alone would have a gradient where both agree.
         self._own_code = changes_layers(adapter)
         self.chat = Chat(base.tokenizer, adapter.slot, base.stop_ids)
         self.refusals = [tuple(self.chat.encode_response(refusal)) for refusal in refusals]

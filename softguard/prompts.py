@@ -158,6 +158,7 @@ def _twice(names: Sequence[str]) -> str:
 
 def _csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
+        csv.field_size_limit(2**31 - 1)  # a cell may be as long as a line of JSON
         reader = csv.DictReader(lines, strict=True)
         try:
             if twice := _twice(reader.fieldnames or ()):
@@ -193,7 +194,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 for row in _batch_rows(batch):
                     number += 1
                     yield f"{path} row {number}", row
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise SoftguardError(f"{path} is not a Parquet file ({error})") from error
     except UnicodeDecodeError as error:
         raise SoftguardError(f"{path} row {number + 1} is not UTF-8 text; convert it") from error

@@ -115,3 +115,16 @@ def test_a_text_is_kept_in_words(small: BaseModel, tmp_path: Path) -> None:
     adapter = Adapter("text", {}, "system", FACTS, "Be kind.")
     adapter.save(tmp_path, small)
     assert Adapter.load(tmp_path, small) == adapter
+
+
+def test_an_adapter_without_a_seal_is_refused_whatever_version_it_says(small: BaseModel, tmp_path: Path) -> None:
+    Adapter("soft_prompt", {VECTORS: torch.zeros(2, small.hidden)}, "start", FACTS).save(tmp_path, small)
+    facts = json.loads((tmp_path / "softguard.json").read_text())
+    bare = {key: value for key, value in facts.items() if key != "seal"}
+    for version, told in (
+        (3, r"has version 3, this softguard reads \d; distil again"),
+        (facts["version"], "not as it was written"),
+    ):
+        (tmp_path / "softguard.json").write_text(json.dumps({**bare, "version": version}))
+        with pytest.raises(SoftguardError, match=told):
+            Adapter.load(tmp_path, small)

@@ -17,6 +17,7 @@ from softguard.corpus import Corpus, Draw, Example, teach
 from softguard.distill import Step, _batches, _Trainer, check_distil, check_run, distil, time_step
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
+from softguard.files import alone
 from softguard.models import BaseModel, load_base
 from softguard.objectives import OBJECTIVES
 from softguard.packed import packed_hidden
@@ -676,3 +677,34 @@ def test_an_adapter_does_not_run_behind_another_chat_template(
             Engine(replace(small, tokenizer=tokenizer), adapter)
         with pytest.raises(SoftguardError, match="was drawn behind another chat template than"):
             Corpus.open(corpus.folder, replace(small, tokenizer=tokenizer))
+
+
+def test_a_run_goes_on_with_its_patience_and_its_best(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
+    wanted = recipe(prompts, "distil.clip=1e-3")
+    one, other = (_Trainer(wanted, corpus, tmp_path / "out", small) for _ in range(2))
+    one._train_step(list(range(6)), 0)
+    assert one.student.vectors.grad is not None
+    assert one.student.vectors.grad.norm() <= 1.01e-3
+    one.step, one.best_loss, one.since_best, one.log = 1, 0.5, 3, []
+    one.best = {name: tensor + 1 for name, tensor in one.best.items()}
+    one._checkpoint()
+    other._resume()
+    assert (other.step, other.best_loss, other.since_best) == (1, 0.5, 3)
+    assert all(torch.equal(other.best[name], tensor) for name, tensor in one.best.items())
+    with pytest.raises(SoftguardError, match="other settings"):
+        check_run(recipe(prompts, "distil.clip=1e-3", "seed=1"), corpus, tmp_path / "out", small)
+
+
+def test_of_two_runs_in_one_folder_one_is_refused(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
+    late = _Trainer(recipe(prompts, "seed=1"), corpus, tmp_path / "out", small)
+    with alone(tmp_path / "out" / "checkpoint" / ".lock"), pytest.raises(SoftguardError, match="written by another process"):
+        late.run(lambda step: None)
+    distil(recipe(prompts), corpus, tmp_path / "out", small)
+    with pytest.raises(SoftguardError, match="holds a run with other settings"):
+        late.run(lambda step: None)
+
+
+def test_an_adapter_is_not_put_beside_a_model(prompts: Path, corpus: Corpus, small: BaseModel, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SoftguardError, match="holds a model, which an adapter beside it would change; choose another --out"):
+        distil(recipe(prompts), corpus, tmp_path, small)

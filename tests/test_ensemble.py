@@ -109,3 +109,10 @@ def test_a_guard_of_prompts_alone_can_be_one_of_several() -> None:
     guard = EnsembleGuard("cautious", [PromptsAlone([0.3]), Fixed([0.6])])
     assert prompt_safety(guard, ["a"]) == pytest.approx([0.3])
     assert guard.fingerprint != EnsembleGuard("cautious", [Fixed([0.3]), Fixed([0.6])]).fingerprint
+
+
+def test_prompts_and_responses_are_moved_by_thresholds_of_their_own() -> None:
+    one = Fixed([0.4])
+    one.prompt_threshold, one.response_threshold = 0.2, 0.6
+    guard = EnsembleGuard("cautious", [one, Fixed([1.0])])
+    assert prompt_safety(guard, ["a"])[0] > 0.5 > response_safety(guard, ["a"], ["b"])[0]

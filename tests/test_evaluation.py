@@ -398,3 +398,14 @@ def test_questions_are_checked_with_their_longest_choice(tmp_path: Path, small: 
     with pytest.raises(SoftguardError, match=r"prompt 1 of suite asked has .* exceeds the model's context"):
         run(load_recipe(None, [*settings, "evaluate.max_new_tokens=4"]), tmp_path / "out", small)
     assert not (tmp_path / "out").exists()
+
+
+def test_answers_of_another_length_are_made_anew(small: BaseModel, tmp_path: Path) -> None:
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "label": label}) + "\n" for p, label in PROMPTS))
+    said = []
+    for new in (4, 8):
+        settings = [f"evaluate.max_new_tokens={new}", f"evaluate.suites=['file:{path}']"]
+        recipe = load_recipe(None, ["system.guard=tests.guards_for_tests:by_word", *settings])
+        said.append(run(recipe, tmp_path / "out", small).answers["base"])
+    assert said[0] != said[1]

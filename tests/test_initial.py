@@ -127,3 +127,8 @@ def test_a_text_is_the_system_message_itself(base: BaseModel) -> None:
     ids = base.tokenizer.encode(whole, add_special_tokens=False)
     rows = torch.cat([prefix.embeddings, base.model.get_input_embeddings()(torch.tensor(chat.encode("Hi")))])
     assert torch.equal(rows, base.model.get_input_embeddings()(torch.tensor(ids)))
+
+
+def test_the_least_depth_is_the_first_layer(small: BaseModel) -> None:
+    made = initial_adapter(small, DistilConfig(adapter="steering", depth=0.0), ["a"], ["b"])
+    assert list(made.tensors) == ["direction.1"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from softguard import judges
 from softguard.errors import SoftguardError
 from softguard.judges import BUNDLED, MAX_BYTES, GuardJudge, Judge, ResponseJudge, is_refusal, load_judge
 
@@ -162,3 +163,12 @@ def test_a_guard_can_be_the_judge() -> None:
     assert isinstance(bundled, Judge)
     with pytest.raises(SoftguardError, match="no-such"):
         load_judge("no-such")
+
+
+def test_a_judge_is_known_by_its_rules_and_its_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Judge()
+    found = [judge.fingerprint]
+    monkeypatch.setitem(judge.classifier.card, "threshold", 0.123)
+    found.append(judge.fingerprint)
+    monkeypatch.setattr(judges, "_REFUSALS", judges._REFUSALS[1:])
+    assert len({*found, judge.fingerprint}) == 3

@@ -32,7 +32,7 @@ def test_other_weights_are_another_model(small: BaseModel) -> None:
     weight = next(small.model.parameters())
     with torch.no_grad():
         weight[0, 0] += 1
-    changed = fingerprint(small.model)
+    changed = fingerprint(small.model, small.tokenizer)
     with torch.no_grad():
         weight[0, 0] -= 1
     assert changed != small.fingerprint
@@ -259,3 +259,50 @@ def test_weights_that_would_stay_as_they_are_are_not_called_quantised(
     base.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(SoftguardError, match=words):
         load_base(str(tmp_path), quantize="q4_0")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, {"rms_norm_eps": 1.0}, {"hidden_act": "gelu"}],
+)
+def test_the_same_weights_in_another_computation_are_another_model(
+    change: dict[str, Any], small: BaseModel, small_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(small_folder, tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    assert load_base(str(folder)).fingerprint != small.fingerprint
+
+
+def test_the_same_weights_behind_another_tokenizer_are_another_model(
+    small: BaseModel, small_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(small_folder, tmp_path / "changed")
+    told = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**told, "normalizer": {"type": "Lowercase"}}))
+    assert load_base(str(folder)).fingerprint != small.fingerprint
+
+
+@pytest.mark.parametrize("row", [0, 3, 1234])
+def test_one_other_row_of_embeddings_makes_another_model(row: int, small: BaseModel) -> None:
+    weight = small.model.get_input_embeddings().weight
+    own = weight[row].clone()
+    with torch.no_grad():
+        weight[row] = torch.randn(len(own), generator=torch.Generator().manual_seed(0))
+        changed = fingerprint(small.model, small.tokenizer)
+        weight[row] = own
+    assert changed != small.fingerprint == fingerprint(small.model, small.tokenizer)
+
+
+def test_an_adapter_beside_a_model_is_refused(small_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_folder, tmp_path / "both")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "a.gguf").write_text("")
+    for spec in (folder, folder / "a.gguf"):
+        with pytest.raises(SoftguardError, match=r"both holds an adapter beside the model \(adapter_config\.json\); move it"):
+            load_base(str(spec))
+
+
+def test_an_unknown_quantisation_is_told(small_folder: Path) -> None:
+    with pytest.raises(SoftguardError, match="quantize 'q5' is unknown; use one of none, q8_0, q4_0, q4_1"):
+        load_base(str(small_folder), quantize="q5")

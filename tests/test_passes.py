@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from softguard.adapters import Adapter, Kind
+from softguard.adapters import Kind
 from softguard.chat import Chat
 from softguard.config import DistilConfig
 from softguard.corpus import Draw, Example

@@ -159,3 +159,8 @@ def test_a_long_text_is_redacted_in_linear_time(part: str) -> None:
     begun = time.perf_counter()
     redacted(part * (200_000 // len(part)) + "x@")
     assert time.perf_counter() - begun < 2
+
+
+def test_what_is_redacted_is_part_of_a_policy_s_identity() -> None:
+    made = [Policy(SystemConfig(policy={"a": Action(kind)})).fingerprint for kind in ("keep", "redact")]
+    assert made[0] != made[1]

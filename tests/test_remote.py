@@ -238,6 +238,7 @@ def test_an_answer_that_cannot_be_read_is_never_safe(server: Server, reply: Repl
         moderation({"hate": 0.1}, {}),
         (200, {}, {"results": [{"flagged": False}, {"flagged": False}]}),
         (200, {}, {"id": "1"}),
+        (200, {}, {"error": "overloaded", **moderation({"hate": 0.1}, {"hate": 0.1})[2]}),
     ],
 )
 def test_moderation_that_cannot_be_read_is_never_safe(server: Server, reply: Reply) -> None:

@@ -1,10 +1,14 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from softguard.config import Action, SystemConfig
 from softguard.errors import SoftguardError
+from softguard.guards.callable import CallableGuard
 from softguard.system import SafeSystem
 from tests import guards_for_tests
+from tests.guards_for_tests import ByCategory
 
 PROMPTS, ANSWERS = ["how do I build a bomb", "how do I build a boat"], ["first …", "take wood"]
 
@@ -144,3 +148,18 @@ def test_a_guard_that_names_categories_badly_answers_nothing(named: object) -> N
 def test_a_function_that_cannot_be_imported_is_told_at_once() -> None:
     with pytest.raises(SoftguardError, match=r"system.policy.odd.function 'nowhere:f' cannot be imported"):
         system(policy={"odd": Action("call", function="nowhere:f")})
+
+
+def test_what_stands_at_the_threshold_is_kept() -> None:
+    half = SafeSystem(CallableGuard(lambda prompts, responses: [0.5] * len(prompts)), SystemConfig(threshold=0.5))
+    assert half.keep(np.array([0.5])).tolist() == [1]
+
+
+def test_a_category_s_own_words_are_ready_wherever_a_refusal_may_be_drawn() -> None:
+    class Unsure(ByCategory):
+        def prompt_safety(self, prompts: Sequence[str]) -> list[float]:
+            return [0.7] * len(prompts)
+
+    config = SystemConfig(refusal="No.", decision="probabilistic", policy={"medicine": Action(refusal="Ask a doctor.")})
+    judged = SafeSystem.from_config(config, Unsure()).judge(["a pill"], ["yes"])
+    assert judged.instead == ["Ask a doctor."]

@@ -1,7 +1,6 @@
 """Fit an encoder guard on labelled rows: low-rank difference and heads first, then Platt scaling and thresholds."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from softguard import prompts
 from softguard.card import Card, Figure, Flags, auroc_figure, calibration_figure, figure_fields, sha256, share_figure
 from softguard.config import GuardConfig
 from softguard.errors import DivergedError, SoftguardError
@@ -30,7 +30,6 @@ from softguard.guards.encoder import (
     load_tokenizer,
     pool,
 )
-from softguard.text import is_whole
 
 _HEADS_AND_CARD = 16_384  # bytes, generously
 
@@ -200,14 +199,13 @@ def _batches(
 
 def _calibrated(weights: Weights, card: Card, validation: Sequence[Row], flagged_benign: float) -> EncoderGuard:
     questions = [key.removesuffix(".weight") for key in weights if key.endswith(".weight") and key.count(".") == 1]
-    guard = EncoderGuard(weights, {**card, "thresholds": {}})
+    guard = EncoderGuard(weights, card)
     for question in questions:
         safe, bad, _ = _scored(guard, question, validation)
         logit = np.log1p(-safe.clip(1e-9, 1 - 1e-9)) - np.log(safe.clip(1e-9))  # of being unsafe
         slope, offset = _platt(logit, bad)
         weights[f"{question}.weight"] = weights[f"{question}.weight"] * slope
         weights[f"{question}.bias"] = weights[f"{question}.bias"] * slope + offset
-    guard = EncoderGuard(weights, card)
     for question in questions:
         safe, bad, _ = _scored(guard, question, validation)
         card["thresholds"][question] = round(float(np.quantile(safe[~bad], flagged_benign)), 4)
@@ -261,40 +259,26 @@ def _check_rank(rank: int, layers: Sequence[tuple[str, nn.Linear]]) -> None:
 
 
 def read_rows(path: Path | str) -> list[Row]:
-    """Labelled rows of a JSONL file: `prompt`, `label` (harmful, benign), optionally `response` and `unsafe` (0, 1).
+    """Labelled rows of a file: `prompt`, `label` (harmful, benign), optionally `response` and `unsafe` (0, 1).
 
     Raises SoftguardError naming file and line of the first bad row.
     """
-    rows = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a text
-    except (OSError, UnicodeDecodeError) as error:
-        raise SoftguardError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            rows.append(_row(line, f"{path}:{number}"))
-    return rows
+    if not Path(path).is_file():
+        raise SoftguardError(f"{path} cannot be read, there is no such file; check the path")
+    return [_row(place, fields) for place, fields in prompts.read_rows(str(path))]
 
 
-def _row(line: str, place: str) -> Row:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SoftguardError(f"{place}: not JSON ({error}); write one object a line") from error
-    if not isinstance(fields, dict):
-        raise SoftguardError(f"{place}: a {type(fields).__name__} where an object with prompt and label is needed")
+def _row(place: str, fields: Mapping[str, Any]) -> Row:
     prompt, label, response, unsafe = (fields.get(key) for key in ("prompt", "label", "response", "unsafe"))
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise SoftguardError(f"{place}: prompt is {prompt!r}; it must be a text that is not empty")
-    if not is_whole(prompt) or (isinstance(response, str) and not is_whole(response)):
-        raise SoftguardError(f"{place}: a text holds half a character (a lone surrogate); mend it")
+    if not isinstance(response, str | None):
+        raise SoftguardError(f"{place}: field 'response' is not text")
     if label not in ("harmful", "benign"):
         raise SoftguardError(f"{place}: label is {label!r}; it must be harmful or benign")
     if unsafe is None:
-        return Row(prompt, label == "harmful")
+        return Row(str(prompt), label == "harmful")
     if not isinstance(response, str) or unsafe not in (0, 1):
         raise SoftguardError(f"{place}: unsafe is {unsafe!r}; it must be 0 or 1 and stand beside a response text")
-    return Row(prompt, label == "harmful", response, bool(unsafe))
+    return Row(str(prompt), label == "harmful", response, bool(unsafe))
 
 
 def fit_guard(
@@ -305,7 +289,7 @@ def fit_guard(
     told: Callable[[str], None] | None = None,
     seed: int = 0,
 ) -> EncoderGuard:
-    """Fit a guard on labelled JSONL files (see `read_rows`) and save it in the folder `out`.
+    """Fit a guard on labelled files (see `read_rows`) and save it in the folder `out`.
 
     One prompt in five, by the sha256 of its text, is held out: half of those calibrate the guard and choose its
     thresholds, the other half give the card's figures. Deterministic for the same files, settings and thread count.

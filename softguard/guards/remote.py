@@ -137,7 +137,10 @@ class RemoteGuard:
     def _moderate(self, texts: Sequence[str]) -> "list[Verdict]":
         def send(part: Sequence[str]) -> "list[Verdict]":
             reply = self._client.moderations.create(model=self.model, input=list(part))
-            results = reply.model_dump(by_alias=True, warnings=False)["results"]  # what is of another type is told below
+            said = reply.model_dump(by_alias=True, warnings=False)  # what is of another type is told below
+            if said.get("error"):
+                raise ValueError(f"an error: {said['error']}")
+            results = said["results"]
             if len(results) != len(part):
                 raise ValueError(f"{len(results)} results for {len(part)} texts")
             return [read_scores(result) for result in results]

@@ -41,6 +41,8 @@ def check_scoring(guard: Guard, data: Path, out: Path) -> int:
     """
     check_file(out)
     check_folder(out.parent)
+    if out.is_file() and data.is_file() and out.samefile(data):
+        raise SoftguardError(f"{out} is the file that is read; choose another --out")
     count = 0
     tried: tuple[list[tuple[str, dict[str, Any]]], ...] = ([], [])
     for place, row in read_rows(str(data)):

@@ -32,6 +32,8 @@ def load(name: str, limit: int) -> Suite:
             raise SoftguardError(f"{where}: {', '.join(offered[:6])} leave nothing to choose; two different choices are needed")
         if answer not in offered:
             raise SoftguardError(f"{where}: answer {answer!r} is not among its choices {', '.join(offered[:6])}; mend the row")
+        if not isinstance(row.get("system"), str | None):
+            raise SoftguardError(f"{where}: field 'system' is {row['system']!r}; it must be text")
         prompts.append(f"{row['system']}\n\n{row['prompt']}" if row.get("system") else row["prompt"])
         choices.append(tuple(offered))
         right.append(offered.index(answer))
@@ -40,16 +42,20 @@ def load(name: str, limit: int) -> Suite:
 
 def _answer(where: str, row: dict[str, Any]) -> str:
     answer = row.get("answer")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+    if not _is_told(answer):
         raise SoftguardError(f"{where}: field 'answer' is {answer!r}; it must be some text or a number")
     return str(answer)
 
 
+def _is_told(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and bool(str(value).strip())
+
+
 def _offered(where: str, row: dict[str, Any], answers: Sequence[str], number: int) -> list[str]:
     if row.get("choices"):
-        if not isinstance(row["choices"], list) or not all(str(choice).strip() for choice in row["choices"]):
+        if not isinstance(row["choices"], list) or not all(map(_is_told, row["choices"])):
             raise SoftguardError(
-                f"{where}: field 'choices' is {row['choices']!r}; it must be a list of texts, none of them empty"
+                f"{where}: field 'choices' is {row['choices']!r}; it must be a list of texts or numbers, none of them empty"
             )
         return [str(choice) for choice in row["choices"]]
     answer, letters = _answer(where, row), list(dict.fromkeys(_LETTERED.findall(row["prompt"])))
