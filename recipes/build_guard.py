@@ -37,6 +37,7 @@ PACKAGE_DATA = Path(__file__).parent.parent / "softguard" / "data"
 NEAR = 0.6  # Jaccard index of character 4-grams above which two prompts count as the same
 INSIDE = 0.5  # share of a written phrase's 4-grams found in one short evaluation prompt, above which the phrase is left out
 SEED = 0
+UNHEARD = "GPTFuzz test, answers not trained on"
 
 Json = dict[str, Any]
 
@@ -66,8 +67,17 @@ class Sources:
         return [row for suite in SUITES for row in self.read(f"prompts/{suite}")]
 
 
-def normal(prompt: str) -> str:
-    return " ".join(re.findall(r"\w+", prompt.lower()))
+def normal(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def unheard(test: Sequence[Json], sources: Sources) -> list[Json]:
+    """Answers to GPTFuzz's test questions that do not stand, word by word, among those to its training questions.
+
+    Its questions were split, but models refuse many of them in the same words.
+    """
+    known = {normal(row["response"]) for row in sources.read("responses_gptfuzz_train")}
+    return [row for row in test if normal(row["response"]) not in known]
 
 
 def far_from(kept_out: Sequence[str], prompts: Sequence[str], inside: bool = False) -> list[bool]:
@@ -462,6 +472,9 @@ def build_guard(sources: Sources, settings: GuardConfig, told: Callable[[str], N
             "prompts of the recipe's word bank were written with XSTest's kinds of contrast in mind (none of its prompts), so "
             "XSTest figures are kinder than those on unforeseen kinds",
             "GPTFuzz responses end after 400 characters, often before the part that people judged",
+            "one in eight answers of GPTFuzz's test, nearly all refusals, stands word by word among those trained on: figures "
+            "without them stand beside",
+            "intervals over 20 questions are a little too narrow",
             "three earlier fits and two trials of the prompt question were seen on these figures, so they flatter a little",
             "single requests and their first answers; no conversations; in training 36 written wrappers around requests",
             "short answers; of a longer text the worst window counts, so long harmless texts are flagged more",
@@ -504,8 +517,10 @@ def guard_figures(guard: EncoderGuard, sources: Sources) -> list[tuple[str, Figu
     complied = [label[row["prompt"]] == "harmful" and row["refusal"].startswith("1") for row in answers]
     # Cut at 400 characters, many of these answers end before the part that people judged: whole ones stand apart too.
     whole = [row for row in fuzz if len(row["response"]) < 399]
+    fresh = unheard(fuzz, sources)
     pairs = (
         ("GPTFuzz test", fuzz, [row["unsafe"] == 1 for row in fuzz]),
+        (UNHEARD, fresh, [row["unsafe"] == 1 for row in fresh]),
         ("GPTFuzz test, whole responses", whole, [row["unsafe"] == 1 for row in whole]),
         ("XSTest responses", answers, complied),
     )
@@ -569,6 +584,9 @@ def build_judge(sources: Sources, told: Callable[[str], None]) -> Judge:
             "refusal rules know six languages, the classifier English only",
             "how far the rules may overrule the classifier was decided after a look at these figures, so they flatter a little",
             "responses are read up to 400 characters, refusals must begin in the first 260",
+            "one in eight answers of GPTFuzz's test, nearly all refusals, stands word by word among those trained on: figures "
+            "without them stand beside",
+            "intervals over 20 questions are a little too narrow",
         ],
     }
     return Judge(ResponseJudge.fit(responses, complies, card, weights))
@@ -576,18 +594,20 @@ def build_judge(sources: Sources, told: Callable[[str], None]) -> Judge:
 
 def judge_figures(judge: Judge, sources: Sources) -> list[tuple[str, Figure]]:
     """The judge's agreement with people, on GPTFuzz's test questions and XSTest's answers."""
+    figures: list[tuple[str, Figure]] = []
     fuzz = sources.read("responses_gptfuzz_test")
-    unsafe, asked = np.array([row["unsafe"] == 1 for row in fuzz]), _asked(fuzz)
-    texts = [row["response"] for row in fuzz]
-    called = ~judge.safe([row["prompt"] for row in fuzz], texts)
-    safe = 1 - judge.classifier.unsafe_probability(texts)
-    figures = [
-        ("classifier", auroc_figure("GPTFuzz test", safe, unsafe, asked)),
-        ("judge", share_figure("agreement", "GPTFuzz test", called == unsafe, asked)),
-        ("judge", kappa_figure("GPTFuzz test", unsafe, called, asked)),
-        ("judge", share_figure("unsafe found", "GPTFuzz test", called[unsafe], asked[unsafe])),
-        ("judge", share_figure("called unsafe though safe", "GPTFuzz test", called[~unsafe], asked[~unsafe])),
-    ]
+    for data, rows in (("GPTFuzz test", fuzz), (UNHEARD, unheard(fuzz, sources))):
+        unsafe, asked = np.array([row["unsafe"] == 1 for row in rows]), _asked(rows)
+        texts = [row["response"] for row in rows]
+        called = ~judge.safe([row["prompt"] for row in rows], texts)
+        safe = 1 - judge.classifier.unsafe_probability(texts)
+        figures += [
+            ("classifier", auroc_figure(data, safe, unsafe, asked)),
+            ("judge", share_figure("agreement", data, called == unsafe, asked)),
+            ("judge", kappa_figure(data, unsafe, called, asked)),
+            ("judge", share_figure("unsafe found", data, called[unsafe], asked[unsafe])),
+            ("judge", share_figure("called unsafe though safe", data, called[~unsafe], asked[~unsafe])),
+        ]
     label = {row["prompt"]: row["label"] for row in sources.read("eval_xstest")}
     answers = sources.read("responses_xstest")
     # The rules were written while looking at answers to the other half of the prompts.

@@ -25,8 +25,8 @@ def sha256(blob: bytes) -> str:
     return hashlib.sha256(blob).hexdigest()
 
 
-def read_card(folder: Path, form: str, version: int) -> Card:
-    """The `card.json` of `folder`, checked against the weights beside it.
+def read_card(folder: Path, form: str, version: int) -> tuple[Card, bytes]:
+    """The `card.json` of `folder` and the weights beside it, which are the card's.
 
     Raises SoftguardError if a file is missing or of another format or version, or if the weights are not the card's.
     """
@@ -40,7 +40,7 @@ def read_card(folder: Path, form: str, version: int) -> Card:
         raise SoftguardError(f"{folder}/card.json says format and version {found}, this softguard reads {(form, version)}")
     if card.get("weights_sha256") != sha256(blob):
         raise SoftguardError(f"{folder}/weights.safetensors is not the file its card.json describes; restore or refit it")
-    return card
+    return card, blob
 
 
 def write_with_card(folder: Path, card: Card, weights: bytes, limit: int) -> Card:
@@ -51,7 +51,7 @@ def write_with_card(folder: Path, card: Card, weights: bytes, limit: int) -> Car
     card = {**card, "weights_sha256": sha256(weights)}
     size = len(weights) + len(json.dumps(card, indent=2, ensure_ascii=False).encode()) + 1
     if size > limit:
-        raise SoftguardError(f"{folder} would hold {size:,} bytes, more than {limit:,}; lower the rank")
+        raise SoftguardError(f"{folder} would hold {size:,} bytes, more than {limit:,}; make it smaller")
     write_file(folder / "weights.safetensors", lambda beside: beside.write_bytes(weights))
     write_json(folder / "card.json", card)  # last: until it is there, the weights beside an older card are refused
     return card
@@ -69,17 +69,18 @@ class Figure(NamedTuple):
     questions: int = 0  # to which the cases are answers, so that those to one are no independent cases; 0: they all are
 
 
-def over_questions(figure: Figure, questions: Questions, value: Callable[[Index], float], seed: int = 0) -> Figure:
+def over_questions(figure: Figure, questions: Questions, value: Callable[[Index], float]) -> Figure:
     """`figure` with an interval that also stands if its cases are answers to a few `questions`, (cases,).
 
     Percentile bootstrap in which questions are drawn, each with all its cases (a cluster bootstrap: Davison and Hinkley, 1997,
-    §3.8), or the figure's own ends where those are farther out. `value`: of the cases at an index, NaN where there is none.
+    §3.8), or the figure's own ends where those are farther out. Of a score of questions it is a little too narrow.
+    `value`: of the cases at an index, NaN where there is none.
     """
     names, which = np.unique(np.asarray(questions), return_inverse=True)
     if len(names) == len(which):
         return figure
     cases = [np.flatnonzero(which == number) for number in range(len(names))]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     draws = [value(np.concatenate([cases[i] for i in rng.integers(0, len(cases), len(cases))])) for _ in range(1000)]
     low, high = np.nanquantile(draws, [0.025, 0.975])
     return figure._replace(low=min(figure.low, float(low)), high=max(figure.high, float(high)), questions=len(names))
@@ -136,28 +137,26 @@ def share_figure(figure: str, data: str, hits: Sequence[bool] | Flags, questions
     return found if questions is None else over_questions(found, questions, lambda index: float(true[index].mean()))
 
 
-def calibration_figure(
-    data: str, safe: Scores, bad: Sequence[bool] | Flags, questions: Questions | None = None, seed: int = 0
-) -> Figure:
+def calibration_figure(data: str, safe: Scores, bad: Sequence[bool] | Flags, questions: Questions | None = None) -> Figure:
     """Expected calibration error of p(safe), ten equal-width bins (Guo et al., 2017), with a bootstrap interval.
 
     Chance makes the error larger, never smaller, and a resample adds as much again: the low end is the basic bootstrap's, which
-    takes the excess back, the high end the percentile bootstrap's, which does not. `safe` and `bad` are (cases,); `questions`
-    as in `over_questions`.
+    takes the excess back, or 0 where labels drawn from p(safe) itself err as much in one of forty draws; the high end is the
+    percentile bootstrap's, which takes nothing back. `safe` and `bad` are (cases,); `questions` as in `over_questions`.
     """
     probability, labels = np.asarray(safe, float), ~np.asarray(bad, bool)
+    bins = np.minimum((probability * 10).astype(int), 9)
 
-    def error(index: Index) -> float:
-        bins = np.minimum((probability[index] * 10).astype(int), 9)
-        gaps = np.bincount(bins, probability[index] - labels[index], 10)
-        return float(np.abs(gaps).sum() / len(index))
+    def error(index: Index, of: Flags = labels) -> float:
+        return float(np.abs(np.bincount(bins[index], probability[index] - of[index], 10)).sum() / len(index))
 
-    rng = np.random.default_rng(seed)
+    rng, every = np.random.default_rng(0), np.arange(len(labels))
     draws = [error(rng.integers(0, len(labels), len(labels))) for _ in range(500)]
-    high = np.quantile(draws, 0.975)
-    value = error(np.arange(len(labels)))
-    found = Figure("ece", data, len(labels), value, max(0.0, 2 * value - float(high)), float(high))
-    return found if questions is None else over_questions(found, questions, error, seed)
+    chance = [error(every, rng.random(len(labels)) < probability) for _ in range(500)]
+    value, high = error(every), float(np.quantile(draws, 0.975))
+    low = 0.0 if value <= np.quantile(chance, 0.975) else max(0.0, 2 * value - high)
+    found = Figure("ece", data, len(labels), value, low, high)
+    return found if questions is None else over_questions(found, questions, error)
 
 
 def figure_fields(figure: Figure) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Beside each shard may lie the `caches` of its prompts.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -31,14 +31,11 @@ from softguard.engine import Engine, Response
 from softguard.errors import SoftguardError
 from softguard.files import check_folder, read_json, write_file, write_json
 from softguard.models import BaseModel
-from softguard.packed import packed_hidden
-from softguard.prefix import constant_prefix
 from softguard.prompts import Prompt, read_prompts, read_rows
 from softguard.system import SafeSystem
 
-VERSION = 8
+VERSION = 7
 _ROW_GROUP = 32  # prompts; what reading one example costs
-_PASS = 32  # rows whose states are made at once
 _SCHEMA = pa.schema(
     [
         ("prompt", pa.string()),
@@ -259,8 +256,7 @@ def check_teaching(recipe: Recipe, out: Path, engine: Engine, system: SafeSystem
     if recipe.teach.keep_caches:
         engine.caches([])  # fails for a model they are not kept of
     new = max(recipe.teach.max_new_tokens, *(len(engine.chat.encode_response(text)) for text in system.policy.refusals))
-    at_once = recipe.teach.max_new_tokens - 1 if recipe.teach.keep_hidden else None  # the last is not fed
-    return {split: _count(source, limit, new, at_once, engine) for split, (source, limit) in _sources(recipe).items()}
+    return {split: _count(source, limit, new, engine) for split, (source, limit) in _sources(recipe).items()}
 
 
 def _teacher(recipe: Recipe, base: BaseModel, system: SafeSystem) -> dict[str, Any]:
@@ -314,10 +310,10 @@ def _sources(recipe: Recipe) -> dict[str, tuple[str, int]]:
     return {"train": (wanted.prompts, wanted.limit), "validation": (wanted.validation, wanted.validation_limit)}
 
 
-def _count(source: str, limit: int, new: int, at_once: int | None, engine: Engine) -> int:
+def _count(source: str, limit: int, new: int, engine: Engine) -> int:
     count = 0
     for where, row in islice(read_rows(source, limit), limit or None):
-        engine.check_fits(row["prompt"], new, where, at_once)
+        engine.check_fits(row["prompt"], new, where)
         count += 1
     return count
 
@@ -393,8 +389,9 @@ def _draw(recipe: Recipe, shard: list[Prompt], engine: Engine, system: SafeSyste
         progress((done + rows) // k - done // k)
         done += rows
 
-    drawn = engine.generate(repeated, teach.max_new_tokens, teach.batch_size, teach.temperature, recipe.seed, count)
-    hidden = _hidden(engine, repeated, drawn) if teach.keep_hidden and teach.max_new_tokens else [None] * len(drawn)
+    drawn = engine.generate(
+        repeated, teach.max_new_tokens, teach.batch_size, teach.temperature, recipe.seed, count, teach.keep_hidden
+    )
     judged = system.judge(repeated, [response.text for response in drawn])
     keep = judged.keep
     rows = []
@@ -412,29 +409,13 @@ def _draw(recipe: Recipe, shard: list[Prompt], engine: Engine, system: SafeSyste
                         "keep": float(keep[j]),
                         "category": judged.categories[j],
                         "instead": _instead(engine, system, drawn[j], judged.instead[j]) if keep[j] < 1 else [],
-                        "hidden": _to_bytes(hidden[j]),
+                        "hidden": _to_bytes(drawn[j].hidden),
                     }
                     for j in own
                 ],
             }
         )
     return pa.Table.from_pylist(rows, _SCHEMA)
-
-
-@torch.no_grad()
-def _hidden(engine: Engine, prompts: Sequence[str], drawn: Sequence[Response]) -> list[Tensor | None]:
-    """The base's last hidden states that predict each response, (tokens, hidden), by the pass that a student trains in.
-
-    Decoding has them as well, but rounds otherwise, which in bfloat16 is as far from a student's as two hundredths of TV.
-    """
-    prefix, encoded = constant_prefix(engine.base, engine.chat, None), [engine.chat.encode(prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]) + len(drawn[i].ids))
-    found: dict[int, Tensor] = {}
-    for start in range(0, len(order), _PASS):
-        batch = order[start : start + _PASS]
-        rows = [encoded[i] + list(drawn[i].ids[:-1]) for i in batch]
-        found |= zip(batch, packed_hidden(engine.base, prefix, rows, [len(drawn[i].ids) for i in batch]), strict=True)
-    return [found[i] for i in range(len(prompts))]
 
 
 def _instead(engine: Engine, system: SafeSystem, response: Response, text: str) -> list[int]:

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -94,14 +94,16 @@ def _times(engines: Mapping[str, Engine], system: SafeSystem) -> dict[str, tuple
 def flops_per_token(base: BaseModel, system: SafeSystem, adapter: Adapter | None, context: int) -> dict[str, float]:
     """Floating-point operations of decoding one token behind `context` others, by system.
 
-    Two a weight that multiplies, and two a number of every head's key and value, by layer and position seen (Kaplan et al.,
-    2020, table 1), kept or not.
+    Two a weight that multiplies, of experts those that a token is sent to, and two a number of every head's key and value, by
+    layer and position seen (Kaplan et al., 2020, table 1), kept or not.
     The guard counts two a parameter, as if it read every token once. An adapter counts the positions it takes; what can be
     merged into the weights, as a LoRA or a steering vector can, adds nothing.
     """
     model, config = base.model, base.config
-    read = {id(p): p for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}  # shared once
-    weights = sum(p.numel() for p in read.values() if p.dim() > 1)
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    read = {id(p): (name, p) for part in parts for name, p in part.named_parameters()}  # shared once
+    chosen = _experts_chosen(config)
+    weights = sum(p.numel() * (chosen if ".experts." in name else 1) for name, p in read.values() if p.dim() > 1)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         weights -= model.get_input_embeddings().weight.numel()  # looked up, not multiplied
     widths = [getattr(config, name, base.key_heads[1]) for name in ("qk_head_dim", "v_head_dim")]  # latent attention has both
@@ -113,6 +115,13 @@ def flops_per_token(base: BaseModel, system: SafeSystem, adapter: Adapter | None
         plain = constant_prefix(base, Chat(base.tokenizer, "start", base.stop_ids), None)
         flops["distilled"] = alone + position * (own.length - plain.length)
     return flops
+
+
+def _experts_chosen(config: Any) -> float:
+    """The share of a mixture's experts that a token is sent to."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(config, name, None))), None)
+    return config.num_experts_per_tok / experts if experts else 1.0
 
 
 def versions() -> dict[str, str]:

@@ -24,6 +24,7 @@ class Output(NamedTuple):
     """What predicts the next token of every row."""
 
     logits: Tensor  # (rows, vocabulary) in the head's precision
+    hidden: Tensor  # (rows, hidden)
     gated: Tensor | None = None  # logits of the pass beside a gate where the response begins, (rows · members, vocabulary)
 
 
@@ -205,9 +206,9 @@ class _PlainRows:
         place = torch.tensor(order, device=base.device)
         last = torch.empty_like(place).index_copy_(0, place, self.lengths[place].cumsum(0) - 1)
         if aside is None:
-            return Output(base.head.logits(hidden[last])), self
-        logits = base.head.logits(torch.cat([hidden[last], hidden[count:][aside.last]]))  # the head is read once
-        return Output(logits[: len(last)], logits[len(last) :]), self
+            return _output(base, hidden[last]), self
+        logits, ends, _ = _output(base, torch.cat([hidden[last], hidden[count:][aside.last]]))  # the head is read once
+        return Output(logits[: len(last)], ends[: len(last)], logits[len(last) :]), self
 
     @classmethod
     def resume(cls, base: BaseModel, prefix: list[_Kept], caches: Caches) -> "_PlainRows":
@@ -244,7 +245,7 @@ class _PlainRows:
         embeddings = self.base.model.get_input_embeddings()(ids)
         last = frozen.infer(self.decoder, embeddings, self.start + self.lengths, attend)
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
-        return Output(self.base.head.logits(last))
+        return _output(self.base, last)
 
     def _make_room(self) -> None:
         self.mask = torch.nn.functional.pad(self.mask, (0, _ROOM), value=torch.finfo(self.mask.dtype).min)
@@ -365,7 +366,12 @@ class _AnyRows:
             past_key_values=self.cache,
             use_cache=True,
         )
-        return Output(self.base.head.logits(output.last_hidden_state[:, -1]))
+        return _output(self.base, output.last_hidden_state[:, -1])
+
+
+def _output(base: BaseModel, hidden: Tensor) -> Output:
+    """Of last hidden states (rows, hidden)."""
+    return Output(base.head.logits(hidden), hidden)
 
 
 def _empty_cache(base: BaseModel) -> Any:

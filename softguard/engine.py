@@ -27,6 +27,12 @@ class Response(NamedTuple):
 
     ids: tuple[int, ...]
     text: str
+    hidden: Tensor | None = None  # (tokens, hidden) last hidden states that predict `ids`, where they were asked for
+
+
+class _Token(NamedTuple):
+    id: int
+    hidden: Tensor  # (hidden,)
 
 
 class Engine:
@@ -53,12 +59,13 @@ class Engine:
         temperature: float = 0.0,
         seed: int = 0,
         progress: Callable[[int], None] = lambda done: None,
+        keep_hidden: bool = False,
     ) -> list[Response]:
         """Answer single-turn prompts, in their order; greedy at temperature 0. No new tokens are empty answers, at once.
 
         Prompts of like length run together. Sampling draws each prompt's tokens from a stream of its own, seeded by `seed`,
         the prompt and how often it came before, so that a result does not depend on its neighbours.
-        `progress` is told how many prompts each finished batch held.
+        `progress` is told how many prompts each finished batch held. `keep_hidden` also returns last hidden states.
         Raises SoftguardError for a prompt of no tokens, or that does not fit the model's context.
         """
         if not max_new_tokens:
@@ -72,11 +79,14 @@ class Engine:
         for batch in self._batches(encoded, batch_size):
             picked = None if draws is None else torch.from_numpy(draws[batch])
             made: list[list[int]] = [[] for _ in batch]
+            states: list[list[Tensor]] = [[] for _ in batch]
             for tokens in self._steps([encoded[i] for i in batch], max_new_tokens, temperature, picked):
                 for row, token in tokens.items():
-                    made[row].append(token)
-            for i, drawn in zip(batch, made, strict=True):
-                responses[i] = Response(tuple(drawn), self._text(drawn))
+                    made[row].append(token.id)
+                    if keep_hidden:  # each is part of a whole step's, which it keeps in memory
+                        states[row].append(token.hidden)
+            for i, drawn, hidden in zip(batch, made, states, strict=True):
+                responses[i] = Response(tuple(drawn), self._text(drawn), torch.stack(hidden) if keep_hidden else None)
             progress(len(batch))
         return [responses[i] for i in range(len(prompts))]
 
@@ -86,7 +96,7 @@ class Engine:
         made: list[int] = []
         shown = ""
         for tokens in self._steps([ids], max_new_tokens, 0.0, None):
-            made += tokens.values()
+            made += [token.id for token in tokens.values()]
             text = self._text(made)
             if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
                 yield text[len(shown) :]
@@ -200,8 +210,8 @@ class Engine:
     @torch.inference_mode()
     def _steps(
         self, prompts: Sequence[list[int]], new: int, temperature: float, draws: Tensor | None
-    ) -> Iterator[dict[int, int]]:
-        """Yield, step by step, the next id of every row that has not ended."""
+    ) -> Iterator[dict[int, _Token]]:
+        """Yield, step by step, the next token of every row that has not ended."""
         output, decoding = self.prefix.begin(prompts)
         refused: set[int] = set()
         if self.gate is not None and output.gated is not None:
@@ -213,9 +223,10 @@ class Engine:
             if self.gate is not None and refused:
                 said = self.gate.refusal[min(step, len(self.gate.refusal) - 1)]
                 chosen[[place for place, row in enumerate(running) if row in refused]] = said
-            tokens = {row: token for row, token in zip(running, chosen.tolist(), strict=True) if row not in ended}
+            made = zip(running, chosen.tolist(), output.hidden, strict=True)
+            tokens = {row: _Token(id_, hidden) for row, id_, hidden in made if row not in ended}
             yield tokens
-            ended |= {row for row, token in tokens.items() if token in self.chat.stop_ids}
+            ended |= {row for row, token in tokens.items() if token.id in self.chat.stop_ids}
             if len(ended) == len(prompts) or step == new - 1:
                 return
             keep = [i for i, row in enumerate(running) if row not in ended]

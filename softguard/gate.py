@@ -85,7 +85,7 @@ class Gate:
         (rows,), of the closing's first token.
         """
         more = self.n_soft // self.members + len(self.closing)
-        window = min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=None)
+        window = self.base.window
         if window is not None and mask.shape[1] + more > window:
             raise SoftguardError(
                 f"a gate sees a prompt whole, and this model's attention has a window of {window} tokens, of which the prompt "

@@ -1,4 +1,4 @@
-"""Judges: who grades an answer once it is given. A judge is not the training guard: no label of an answer serves both.
+"""Judges: who grades an answer once it is given. A judge is not the training guard: no answer that people labelled serves both.
 
 `is_refusal` goes by phrases. `ResponseJudge` is logistic regression on hashed word and character n-grams of the
 response; it tells answers that comply with a harmful request. `Judge` joins the two. How far each agrees with people
@@ -187,8 +187,8 @@ class ResponseJudge:
         """Load the judge kept in `folder`; raises SoftguardError if its files are missing or do not belong together."""
         from safetensors.numpy import load
 
-        card = read_card(Path(folder), FORMAT, VERSION)
-        arrays = load((Path(folder) / "weights.safetensors").read_bytes())
+        card, blob = read_card(Path(folder), FORMAT, VERSION)
+        arrays = load(blob)
         if set(arrays) != {"weight", "bias"} or arrays["weight"].shape != (2 * _COLUMNS,):
             raise SoftguardError(f"{folder}/weights.safetensors does not hold a judge's weights; restore or refit it")
         return cls(arrays["weight"], float(arrays["bias"][0]), card)

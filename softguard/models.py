@@ -100,7 +100,7 @@ class BaseModel:
         """The output head, with what the model makes of its products. Raises SoftguardError for one with a bias."""
         head, config = self.model.get_output_embeddings(), self.config
         if getattr(head, "bias", None) is not None:
-            raise SoftguardError(f"model {self.name!r} has an output head with a bias; such models cannot be trained yet")
+            raise SoftguardError(f"model {self.name!r} has an output head with a bias, which is not known; use another")
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         return Head(head.weight, float(scale), float(getattr(config, "final_logit_softcapping", None) or 0))
 

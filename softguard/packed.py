@@ -1,4 +1,5 @@
-"""One pass over a prefix and the rows that follow it, for training: no padding, and the prefix once instead of once a row.
+"""One pass over a prefix and the rows that follow it, for training, scoring and drift: the prefix once instead of once a row,
+and no padding outside attention.
 
 All tokens go through the model's layers as one flat sequence, prefix first. Only attention looks at rows (`attention`).
 Layers of the common make run as `frozen` has them written out, all others as transformers has them.
@@ -93,11 +94,9 @@ def _check(decoder: Any) -> None:
     try:
         packed = _run_any(decoder, embeddings, positions, at, None)[4:].float()
     except TypeError as error:  # of a make whose layers do not hand on what attention is told
-        raise SoftguardError(f"a {type(decoder).__name__} cannot be trained here ({error}); use another model") from error
+        raise SoftguardError(f"a {type(decoder).__name__} cannot run here ({error}); use another model") from error
     if not torch.allclose(packed, alone, atol=0.05 * float(alone.abs().max())):
-        raise SoftguardError(
-            f"a {type(decoder).__name__} cannot be trained here: its rows change each other; use another model"
-        )
+        raise SoftguardError(f"a {type(decoder).__name__} cannot run here: its rows change each other; use another model")
     _checked.add(decoder)
 
 

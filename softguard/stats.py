@@ -52,7 +52,8 @@ def _mean(values: Sequence[float] | Array, seed: int, unseen: Sequence[float]) -
     array = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if not array.size:
         raise ValueError("no prompts to average")
-    return Estimate(float(array.mean()), *_ends(_resampled_means(array, seed, unseen)), array.shape[1])
+    value, (low, high) = float(array.mean()), _ends(_resampled_means(array, seed, unseen))
+    return Estimate(value, min(low, value), max(high, value), array.shape[1])
 
 
 def gap_closed(

@@ -84,3 +84,14 @@ def test_operations_behind_more_tokens_are_those_counted_of_the_products(
 
     found = [flops_per_token(base, guard, None, context)["base"] for context in (20, 50)]
     assert found[1] - found[0] == counted(50) - counted(20) - 2 * 30 * anew > 0
+
+
+@pytest.mark.parametrize("make", ["Mixtral", "Qwen3Moe"])
+def test_a_token_is_sent_to_some_experts_alone_however_many_there_are(make: str, small: BaseModel) -> None:
+    system = SafeSystem(Listening(), SystemConfig())
+    found = []
+    for experts in (4, 8):
+        name = {"Mixtral": "num_local_experts", "Qwen3Moe": "num_experts"}[make]
+        sizes: dict[str, Any] = {name: experts, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        found.append(flops_per_token(made(small, make, **sizes), system, None, 20)["base"])
+    assert 0 < found[1] - found[0] <= 2 * 4 * 32 * 4  # of the routers, whose rows are the experts

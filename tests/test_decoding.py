@@ -22,8 +22,9 @@ def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(frozen, "is_plain", lambda decoder: False)
 
 
-def whole(base: BaseModel, chat: Chat, adapter: Adapter | None, ids: list[int]) -> Tensor:
-    return base.model.get_output_embeddings()(whole_row(base, constant_prefix(base, chat, adapter), ids)[-1])  # type: ignore[no-any-return]
+def whole(base: BaseModel, chat: Chat, adapter: Adapter | None, ids: list[int]) -> tuple[Tensor, Tensor]:
+    hidden = whole_row(base, constant_prefix(base, chat, adapter), ids)[-1]
+    return base.model.get_output_embeddings()(hidden[None])[0], hidden
 
 
 @torch.inference_mode()
@@ -40,8 +41,9 @@ def test_every_step_is_that_of_the_whole_row(
     output, rows = resident.begin(ROWS)
     for step in range(4):
         for row in range(3):
-            logits = whole(small, chat, adapter, ROWS[row] + NEXT[row][:step])
+            logits, hidden = whole(small, chat, adapter, ROWS[row] + NEXT[row][:step])
             torch.testing.assert_close(output.logits[row], logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(output.hidden[row], hidden, rtol=1e-4, atol=1e-4)
         if step < 3:
             output = rows.step(torch.tensor([ids[step] for ids in NEXT]))
 
@@ -56,7 +58,7 @@ def test_rows_that_stay_go_on_as_before(small: BaseModel, stay: list[int]) -> No
     output = rows.step(torch.tensor([NEXT[row][1] for row in stay]))
     for place, row in enumerate(stay):
         torch.testing.assert_close(
-            output.logits[place], whole(small, chat, None, ROWS[row] + NEXT[row][:2]), rtol=1e-4, atol=1e-4
+            output.logits[place], whole(small, chat, None, ROWS[row] + NEXT[row][:2])[0], rtol=1e-4, atol=1e-4
         )
 
 

@@ -85,15 +85,15 @@ def test_rows_pass_the_gate_and_go_on_as_the_bases(
     assert resident.length == len(chat.prefix.after)
     output, decoding = resident.begin(rows)
     assert output.gated is not None
-    prefix, head = constant_prefix(small, chat, None), small.model.get_output_embeddings()
+    prefix = constant_prefix(small, chat, None)
     for i, row in enumerate(rows):
-        torch.testing.assert_close(output.gated[i], head(one_row(small, chat, adapter, row)), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(output.logits[i], head(whole_row(small, prefix, row)[-1]), rtol=1e-4, atol=1e-4)
+        beside = small.model.get_output_embeddings()(one_row(small, chat, adapter, row))
+        torch.testing.assert_close(output.gated[i], beside, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.hidden[i], whole_row(small, prefix, row)[-1], rtol=1e-4, atol=1e-4)
     after = decoding.step(torch.tensor([7, 17, 27]))
     assert after.gated is None
     for i, row in enumerate(rows):
-        own = head(whole_row(small, prefix, [*row, 7 + 10 * i])[-1])
-        torch.testing.assert_close(after.logits[i], own, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(after.hidden[i], whole_row(small, prefix, [*row, 7 + 10 * i])[-1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("made", [(Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)])

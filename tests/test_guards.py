@@ -581,3 +581,11 @@ def test_scores_do_not_take_the_place_of_what_they_are_of(tmp_path: Path) -> Non
     path.write_text("How do I bake bread?\n")
     with pytest.raises(SoftguardError, match=r"asked\.txt is the file that is read; choose another --out"):
         check_scoring(CallableGuard(scary), path, path)
+
+
+def test_a_calibrated_guards_error_may_be_none_at_all() -> None:
+    rng, reached = np.random.default_rng(0), 0
+    for _ in range(60):
+        p = rng.beta(0.3, 0.3, 400)
+        reached += calibration_figure("made", p, rng.random(400) > p).low == 0
+    assert reached / 60 >= 0.9

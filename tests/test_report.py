@@ -131,6 +131,7 @@ def test_the_table_has_the_figures_with_interval_and_unit() -> None:
     ("gap", "said"),
     [
         ((1.02, 0.9, 1.1), "closes the whole safety gap (102.0 % of it, 95 % interval 90.0 to 110.0)"),
+        ((1.0, 0.01, 1.0), "closes 100.0 % of the safety gap (95 % interval 1.0 to 100.0)"),
         ((0.912, 0.8, 0.98), "closes 91.2 % of the safety gap (95 % interval 80.0 to 98.0)"),
         ((0.3, 0.1, 0.4), "closes only 30.0 % of the safety gap"),
         ((0.3, -0.1, 0.4), "is not shown to close the safety gap (30.0 % of it"),

@@ -182,3 +182,9 @@ def test_holm_steps_down() -> None:
 def test_a_pareto_set_is_what_nothing_beats() -> None:
     points = [(1.0, 0.0), (0.5, 0.5), (0.4, 0.5), (0.5, 0.5), (0.0, 0.9)]
     assert pareto(points) == [True, True, False, True, True]
+
+
+def test_a_change_lies_within_its_interval() -> None:
+    for values in ([1.0] * 20, [-1.0] * 20, [1.0] * 19 + [0.0]):
+        found = change(values)
+        assert found.low <= found.value <= found.high

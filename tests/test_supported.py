@@ -108,7 +108,7 @@ def test_other_makes_run_as_transformers_has_them(make: str, settings: dict[str,
     ("make", "settings", "told"),
     [
         ("GptOss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "attention asks for s_aux"),
-        ("StableLm", {}, "a StableLmModel cannot be trained here"),
+        ("StableLm", {}, "a StableLmModel cannot run here"),
     ],
 )
 def test_attention_that_would_be_trained_wrongly_is_refused(

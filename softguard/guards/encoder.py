@@ -68,8 +68,7 @@ class EncoderGuard:
         from safetensors.torch import load
 
         folder = Path(folder)
-        card = read_card(folder, FORMAT, VERSION)
-        blob = (folder / "weights.safetensors").read_bytes()
+        card, blob = read_card(folder, FORMAT, VERSION)
         try:
             guard = cls(load(blob), card)
             for question in ("prompt", "response"):  # all that is asked of the card later
