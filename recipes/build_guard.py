@@ -472,8 +472,8 @@ def build_guard(sources: Sources, settings: GuardConfig, told: Callable[[str], N
             "prompts of the recipe's word bank were written with XSTest's kinds of contrast in mind (none of its prompts), so "
             "XSTest figures are kinder than those on unforeseen kinds",
             "GPTFuzz responses end after 400 characters, often before the part that people judged",
-            "one in eight answers of GPTFuzz's test, nearly all refusals, stands word by word among those trained on: figures "
-            "without them stand beside",
+            "188 of 1,405 answers of GPTFuzz's test, all but one of them safe, stand word by word among those of its training part: "
+            "figures without them stand beside",
             "intervals over 20 questions are a little too narrow",
             "three earlier fits and two trials of the prompt question were seen on these figures, so they flatter a little",
             "single requests and their first answers; no conversations; in training 36 written wrappers around requests",
@@ -584,8 +584,8 @@ def build_judge(sources: Sources, told: Callable[[str], None]) -> Judge:
             "refusal rules know six languages, the classifier English only",
             "how far the rules may overrule the classifier was decided after a look at these figures, so they flatter a little",
             "responses are read up to 400 characters, refusals must begin in the first 260",
-            "one in eight answers of GPTFuzz's test, nearly all refusals, stands word by word among those trained on: figures "
-            "without them stand beside",
+            "188 of 1,405 answers of GPTFuzz's test, all but one of them safe, stand word by word among those of its training part: "
+            "figures without them stand beside",
             "intervals over 20 questions are a little too narrow",
         ],
     }

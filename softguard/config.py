@@ -101,6 +101,11 @@ class TeachConfig:
     keep_hidden: bool = False  # keep the base's last hidden state of every token, so that training need not run the base
     keep_caches: bool = False  # keep its keys and values of every prompt (23 KB a token of SmolLM2-135M), likewise for a gate
 
+    @property
+    def sources(self) -> dict[str, tuple[str, int]]:
+        """By split, where its prompts come from and how many are taken at most."""
+        return {"train": (self.prompts, self.limit), "validation": (self.validation, self.validation_limit)}
+
 
 @dataclass(frozen=True)
 class DistilConfig:

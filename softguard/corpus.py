@@ -221,7 +221,7 @@ def teach(
     prompts, a failing guard (shards finished so far stay and are not drawn again), a full disk, a damaged shard, or a folder
     that holds another recipe's corpus.
     """
-    out, engine, sources = Path(out), Engine(base), _sources(recipe)
+    out, engine, sources = Path(out), Engine(base), recipe.teach.sources
     totals = check_teaching(recipe, out, engine, system)
     teacher = _teacher(recipe, base, system)
     known = _known_shards(out, teacher)
@@ -256,7 +256,7 @@ def check_teaching(recipe: Recipe, out: Path, engine: Engine, system: SafeSystem
     if recipe.teach.keep_caches:
         engine.caches([])  # fails for a model they are not kept of
     new = max(recipe.teach.max_new_tokens, *(len(engine.chat.encode_response(text)) for text in system.policy.refusals))
-    return {split: _count(source, limit, new, engine) for split, (source, limit) in _sources(recipe).items()}
+    return {split: _count(source, limit, new, engine) for split, (source, limit) in recipe.teach.sources.items()}
 
 
 def _teacher(recipe: Recipe, base: BaseModel, system: SafeSystem) -> dict[str, Any]:
@@ -303,11 +303,6 @@ def _known_shards(out: Path, teacher: dict[str, Any]) -> dict[str, list[str]]:
         if _stored(path).get(b"settings", settings) != settings:
             raise SoftguardError(f"{path} was made with other settings; choose another --out or remove it")
     return found.get("shards") or {}
-
-
-def _sources(recipe: Recipe) -> dict[str, tuple[str, int]]:
-    wanted = recipe.teach
-    return {"train": (wanted.prompts, wanted.limit), "validation": (wanted.validation, wanted.validation_limit)}
 
 
 def _count(source: str, limit: int, new: int, engine: Engine) -> int:

@@ -36,7 +36,6 @@ from softguard.passes import Passes, Probe, token_scale
 from softguard.prompts import thin
 from softguard.rollouts import ON_POLICY, Rollouts, draw, losses, shortfall
 
-_ONE_REFUSAL = "and a gate says one refusal; choose another distil.adapter, such as kv_prefix"
 _CONTRAST = 64  # prompts of each sort whose difference a steering vector starts from
 _VALUE_RATE = 1e-3  # learning rate of ppo's value head
 
@@ -232,7 +231,8 @@ def _check_gate(recipe: Recipe) -> None:
             "by any divergence: leave both out, or choose another distil.adapter, such as kv_prefix"
         )
     if recipe.system.policy:
-        raise SoftguardError(f"system.policy is set {_ONE_REFUSAL}")
+        told = "system.policy is set and a gate says one refusal; choose another distil.adapter, such as kv_prefix"
+        raise SoftguardError(told)
 
 
 class _Trainer:

@@ -24,7 +24,7 @@ _SAMPLE = 16  # prompts
 def teach_plan(recipe: Recipe, out: Path, base: BaseModel, system: SafeSystem) -> str:
     """What `teach` would draw and roughly how long it would take. Checks what `teach` does."""
     check_teaching(recipe, out, Engine(base), system)
-    wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
+    wanted = recipe.teach.sources.values()
     texts = [[prompt.text for prompt in read_prompts(source, limit)] for source, limit in wanted]
     seconds = teach_seconds(recipe, base, system, [text for part in texts for text in part])
     parts = " and ".join(f"{len(part):,} prompts of {source}" for part, (source, _) in zip(texts, wanted, strict=True))

@@ -1,6 +1,7 @@
 import copy
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from softguard.distill import Step, _batches, _Trainer, check_distil, check_run,
 from softguard.engine import Engine
 from softguard.errors import SoftguardError
 from softguard.files import alone
+from softguard.guards.callable import CallableGuard
 from softguard.models import BaseModel, load_base
 from softguard.objectives import OBJECTIVES
 from softguard.packed import packed_hidden
@@ -708,3 +710,19 @@ def test_an_adapter_is_not_put_beside_a_model(prompts: Path, corpus: Corpus, sma
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SoftguardError, match="holds a model, which an adapter beside it would change; choose another --out"):
         distil(recipe(prompts), corpus, tmp_path, small)
+
+
+def test_a_guard_that_is_no_spec_s_is_asked_while_training(prompts: Path, small: BaseModel, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def watched(texts: Sequence[str], responses: Sequence[str] | None) -> list[float]:
+        asked.extend(texts)
+        return [0.05 if "bomb" in text else 0.95 for text in texts]
+
+    guard, wanted = CallableGuard(watched), recipe(prompts, "distil.objective=reinforce", "distil.steps=1", "distil.warmup=0")
+    made = teach(wanted, tmp_path / "corpus", small, SafeSystem(guard, wanted.system))
+    asked.clear()
+    with pytest.raises(SoftguardError, match="the corpus is of guard"):
+        distil(wanted, made, tmp_path / "out", small)
+    assert distil(wanted, made, tmp_path / "out", small, guard=guard).facts["guard"] == guard.name
+    assert asked

@@ -96,8 +96,7 @@ def _seconds(ground: Ground, arms: list[Arm], suites: list[Suite]) -> tuple[floa
     engine = Engine(base)
     check_evaluation(recipe, ground.folder / "base", system, None, [engine], judges)
     check_teaching(recipe, ground.folder / "corpus", engine, system)
-    wanted = ((recipe.teach.prompts, recipe.teach.limit), (recipe.teach.validation, recipe.teach.validation_limit))
-    texts = [prompt.text for source, limit in wanted for prompt in read_prompts(source, limit)]
+    texts = [prompt.text for source, limit in recipe.teach.sources.values() for prompt in read_prompts(source, limit)]
     seconds = teach_seconds(recipe, base, system, texts)
     pace = pace_of(recipe, base, system, judges, suites)
     seconds += pace.seconds(suites, made=1, graded=2)
