@@ -38,6 +38,11 @@ NEAR = 0.6  # Jaccard index of character 4-grams above which two prompts count a
 INSIDE = 0.5  # share of a written phrase's 4-grams found in one short evaluation prompt, above which the phrase is left out
 SEED = 0
 UNHEARD = "GPTFuzz test, answers not trained on"
+OF_GPTFUZZ = (
+    "188 of 1,405 answers of GPTFuzz's test, all but one of them safe, stand word by word among those of its training part: "
+    "figures without them stand beside",
+    "intervals over 20 questions are a little too narrow",
+)
 
 Json = dict[str, Any]
 
@@ -472,9 +477,7 @@ def build_guard(sources: Sources, settings: GuardConfig, told: Callable[[str], N
             "prompts of the recipe's word bank were written with XSTest's kinds of contrast in mind (none of its prompts), so "
             "XSTest figures are kinder than those on unforeseen kinds",
             "GPTFuzz responses end after 400 characters, often before the part that people judged",
-            "188 of 1,405 answers of GPTFuzz's test, all but one of them safe, stand word by word among those of its training part: "
-            "figures without them stand beside",
-            "intervals over 20 questions are a little too narrow",
+            *OF_GPTFUZZ,
             "three earlier fits and two trials of the prompt question were seen on these figures, so they flatter a little",
             "single requests and their first answers; no conversations; in training 36 written wrappers around requests",
             "short answers; of a longer text the worst window counts, so long harmless texts are flagged more",
@@ -584,9 +587,7 @@ def build_judge(sources: Sources, told: Callable[[str], None]) -> Judge:
             "refusal rules know six languages, the classifier English only",
             "how far the rules may overrule the classifier was decided after a look at these figures, so they flatter a little",
             "responses are read up to 400 characters, refusals must begin in the first 260",
-            "188 of 1,405 answers of GPTFuzz's test, all but one of them safe, stand word by word among those of its training part: "
-            "figures without them stand beside",
-            "intervals over 20 questions are a little too narrow",
+            *OF_GPTFUZZ,
         ],
     }
     return Judge(ResponseJudge.fit(responses, complies, card, weights))
