@@ -141,8 +141,9 @@ def calibration_figure(data: str, safe: Scores, bad: Sequence[bool] | Flags, que
     """Expected calibration error of p(safe), ten equal-width bins (Guo et al., 2017), with a bootstrap interval.
 
     Chance makes the error larger, never smaller, and a resample adds as much again: the low end is the basic bootstrap's, which
-    takes the excess back, or 0 where labels drawn from p(safe) itself err as much in one of forty draws; the high end is the
-    percentile bootstrap's, which takes nothing back. `safe` and `bad` are (cases,); `questions` as in `over_questions`.
+    takes the excess back, or what is left without the error that labels drawn from p(safe) itself have in one of forty draws,
+    if that is less; the high end is the percentile bootstrap's, which takes nothing back. `safe` and `bad` are (cases,);
+    `questions` as in `over_questions`: over few it holds less often.
     """
     probability, labels = np.asarray(safe, float), ~np.asarray(bad, bool)
     bins = np.minimum((probability * 10).astype(int), 9)
@@ -154,9 +155,11 @@ def calibration_figure(data: str, safe: Scores, bad: Sequence[bool] | Flags, que
     draws = [error(rng.integers(0, len(labels), len(labels))) for _ in range(500)]
     chance = [error(every, rng.random(len(labels)) < probability) for _ in range(500)]
     value, high = error(every), float(np.quantile(draws, 0.975))
-    low = 0.0 if value <= np.quantile(chance, 0.975) else max(0.0, 2 * value - high)
+    low = min(2 * value - high, value - float(np.quantile(chance, 0.975)))
     found = Figure("ece", data, len(labels), value, low, high)
-    return found if questions is None else over_questions(found, questions, error)
+    if questions is not None:
+        found = over_questions(found, questions, error)
+    return found._replace(low=max(0.0, min(found.low, 2 * value - found.high)))
 
 
 def figure_fields(figure: Figure) -> dict[str, Any]:

@@ -103,11 +103,11 @@ def _parser() -> argparse.ArgumentParser:
         "guard", help="fit or use a guard", description="Fit a guard of the bundled kind, or score a file."
     )
     guards = guard.add_subparsers(metavar="action", required=True)
-    fit = _command(guards, "fit", _guard_fit, "train a guard of the bundled kind on labelled JSONL", _FIT)
-    fit.add_argument("data", type=_path, nargs="+", help="JSONL files")
+    fit = _command(guards, "fit", _guard_fit, "train a guard of the bundled kind on labelled rows", _FIT)
+    fit.add_argument("data", type=_path, nargs="+", help="JSONL, CSV or Parquet files")
     fit.add_argument("--out", type=_path, required=True, help="folder of the guard")
     score = _command(guards, "score", _guard_score, "write p(safe) of every row of a file, by the guard of the recipe")
-    score.add_argument("data", type=_path, help="JSONL with `prompt` and, for the response question, `response`")
+    score.add_argument("data", type=_path, help="rows with `prompt` and, for the response question, `response`")
     score.add_argument("--out", type=_path, required=True, help="JSONL to write")
 
     demo = _command(commands, "demo", _demo, "the whole way on the installed demo model, with a report")

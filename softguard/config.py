@@ -98,7 +98,8 @@ class TeachConfig:
     temperature: float = 1.0  # 1 draws from the base's own law, which the objectives assume; 0 is greedy
     batch_size: int = 128
     shard_size: int = 512  # prompts a Parquet shard, the unit of resumption
-    keep_hidden: bool = False  # keep the base's last hidden state of every token, so that training need not run the base
+    # keep the base's last hidden state of every token, so that training need not run the base, but for a lora or steering
+    keep_hidden: bool = False
     keep_caches: bool = False  # keep its keys and values of every prompt (23 KB a token of SmolLM2-135M), likewise for a gate
 
     @property

@@ -121,7 +121,8 @@ def _experts_chosen(config: Any) -> float:
     """The share of a mixture's experts that a token is sent to."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((count for name in names if (count := getattr(config, name, None))), None)
-    return config.num_experts_per_tok / experts if experts else 1.0
+    chosen = getattr(config, "num_experts_per_tok", None)  # none where all layers are dense
+    return chosen / experts if experts and chosen else 1.0
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from softguard.adapted import changes_layers
 from softguard.adapters import Adapter
 from softguard.divergences import P_SAFE_RANGE, selected, token_kl, token_tv
 from softguard.engine import Engine, Response
@@ -51,7 +52,8 @@ def measure_drift(
         batch = order[start : start + _BATCH]
         ids = [list(drawn[i].ids) for i in batch]
         rows = [encoded[i] + r[:-1] for i, r in zip(batch, ids, strict=True)]
-        teacher, states = (torch.cat(packed_hidden(*run, rows, [len(r) for r in ids])) for run in runs)
+        wanted, inside = [len(r) for r in ids], changes_layers(adapter)  # then both by one code, as they are trained
+        teacher, states = (torch.cat(packed_hidden(*run, rows, wanted, inside)) for run in runs)
         head, flat = base.base.head, [i for response in ids for i in response]
         before, after = (response_log_probs(hidden, flat, head) for hidden in (teacher, states))
         for values, tokens in (

@@ -24,9 +24,10 @@ DEMO_MODEL = "smollm2"  # SmolLM2-135M-Instruct, Q4_1, as carried by the package
 # Settings from which a model's computation follows beside its class and weights.
 _DECIDING = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "partial_rotary_factor", "layer_types"),
-    *("sliding_window", "query_pre_attn_scalar", "attention_multiplier", "attn_logit_softcapping", "attention_bias"),
+    *("sliding_window", "query_pre_attn_scalar", "attention_multiplier", "attn_logit_softcapping"),
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "use_qk_norm"),
-    *("hidden_act", "hidden_activation", "activation_function", "num_experts_per_tok", "norm_topk_prob"),
+    *("hidden_act", "hidden_activation", "activation_function", "clip_qkv", "no_rope_layers"),
+    *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "scoring_func"),
     *("embedding_multiplier", "residual_multiplier", "logit_scale", "logits_scaling", "final_logit_softcapping"),
 )
 # What tokenizers cut, fold or normalise their own way.
@@ -264,18 +265,24 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     """Identity of what a model computes of a text, quantisation included: 16 hex digits.
 
     Hashes the settings that decide what is made of the weights, as far as `_DECIDING` knows them, the ids of a text that
-    tokenizers differ on, and of every parameter name, shape, the sum of its values' bits and 1,024 values at places of no
-    pattern. Values are rounded to bfloat16, so that the same weights in float32 and in bfloat16 are the same model.
+    tokenizers differ on, and of every weight, trained or not, name, shape, the sum of its values' bits and 1,024 values at
+    places of no pattern. Values are rounded to bfloat16: the same weights in float32 and in bfloat16 are the same model.
     """
     config = model.config.get_text_config()
     settings = {name: _rounded(getattr(config, name, None)) for name in _DECIDING}
-    ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-    digest = hashlib.sha256(json.dumps([type(model).__name__, settings, ids], sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        bits = parameter.detach().reshape(-1).to(torch.bfloat16).view(torch.int16)
-        places = np.arange(1024, dtype=np.int64) * 2_654_435_761 % len(bits)  # a prime, so that they keep to no column
-        digest.update(f"{name}{tuple(parameter.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
-        digest.update(bits[torch.from_numpy(places).to(bits.device)].cpu().numpy().tobytes())
+    if "longrope" in str(settings["rope_parameters"]):
+        settings["context"] = config.max_position_embeddings  # it chooses among their factors
+    try:
+        ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # some tokenizers have no token for what they do not know
+        ids = type(error).__name__
+    digest = hashlib.sha256(json.dumps([settings, ids], sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.state_dict(keep_vars=True).items()):
+        bits = weight.detach().reshape(-1).to(torch.bfloat16).view(torch.int16)
+        places = np.arange(1024, dtype=np.int64) * 2_654_435_761 % max(len(bits), 1)  # a prime, so that they keep to no column
+        digest.update(f"{name}{tuple(weight.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
+        if len(bits):
+            digest.update(bits[torch.from_numpy(places).to(bits.device)].cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -84,8 +84,8 @@ class Passes:
         rows = [encoded[i] + answer[:-1] for i, answer in zip([*safe, *(i for i, *_ in refused)], answers, strict=True)]
         wanted = [len(answer) for answer in answers]
         hidden = self.student(rows, wanted)
-        kept = [draw.hidden.to(self.base.head.weight) for draw in (drawn[i] for i in safe) if draw.hidden is not None]
-        teacher = [] if self._own_code else kept
+        kept = [] if self._own_code else [drawn[i].hidden for i in safe]
+        teacher = [states.to(self.base.head.weight) for states in kept if states is not None]
         if len(teacher) < len(safe):
             teacher = self.teacher(rows[: len(safe)], wanted[: len(safe)])
         response, mask = padded_ids(responses, self.base.device)

@@ -105,14 +105,15 @@ def _packaged(source: str, limit: int) -> Iterator[tuple[str, Mapping[str, Any]]
 
 def _file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _text, ".parquet": _parquet}
-    if path.suffix not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise SoftguardError(
             f"prompts {path}: the ending {path.suffix!r} is unknown; use {', '.join(readers)}, packaged: or hub:"
         )
     if not path.is_file():
         raise SoftguardError(f"prompts file {path} does not exist; check the path")
     try:
-        yield from readers[path.suffix](path)
+        yield from readers[suffix](path)
     except UnicodeDecodeError as error:
         raise SoftguardError(f"{path} is not UTF-8 text (byte {_first_bad_byte(path)}); convert it") from error
     except OSError as error:

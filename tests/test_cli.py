@@ -275,7 +275,7 @@ LABELLED = [{"label": ("benign", "harmful")[i % 2]} for i in range(60)]
     ("rows", "rank", "words"),
     [
         ([{"label": "benign"}] * 60, 1, "training rows none has label harmful; both classes are needed, give more rows"),
-        ([], 1, "of the 0 training rows none has label benign"),
+        ([], 1, "data.jsonl holds no prompts; give at least one"),
         (LABELLED[:3], 1, "of the 1 validation rows (a tenth of a file's prompts) none has label harmful"),
         ([{**row, "response": "y", "unsafe": 0} for row in LABELLED], 1, "training rows none has unsafe 1"),
         (LABELLED, 64, "guard.rank 64 takes"),

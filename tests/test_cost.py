@@ -95,3 +95,10 @@ def test_a_token_is_sent_to_some_experts_alone_however_many_there_are(make: str,
         sizes: dict[str, Any] = {name: experts, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
         found.append(flops_per_token(made(small, make, **sizes), system, None, 20)["base"])
     assert 0 < found[1] - found[0] <= 2 * 4 * 32 * 4  # of the routers, whose rows are the experts
+
+
+def test_a_mixture_whose_layers_are_all_dense_sends_tokens_nowhere(small: BaseModel) -> None:
+    settings: dict[str, Any] = {**LATENT, "n_routed_experts": 2, "first_k_dense_replace": 2}
+    dense = made(small, "DeepseekV2", **settings)
+    assert dense.config.num_experts_per_tok is None
+    assert flops_per_token(dense, SafeSystem(Listening(), SystemConfig()), None, 20)["base"] > 0

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from softguard.errors import SoftguardError
-from softguard.files import alone, check_folder, read_json, write_file, write_json, write_text
+from softguard.files import alone, check_folder, locked, read_json, write_file, write_json, write_text
+from tests.commands import ROOT
 
 
 def test_written_files_are_read_back(tmp_path: Path) -> None:
@@ -150,6 +152,56 @@ def test_json_in_a_file_for_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "run").write_text(json.dumps({}))
     with pytest.raises(SoftguardError, match="corpus"):
         read_json(tmp_path / "run" / "manifest.json", "corpus")
+
+
+def test_a_lock_is_held_alone_and_let_go_by_a_killed_process(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / ".lock"
+    code = (
+        "import sys, time; from pathlib import Path; from softguard.files import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(100)"
+    )
+    entered = threading.Event()
+
+    def enter() -> None:
+        with locked(path):
+            entered.set()
+
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        waiter = threading.Thread(target=enter, daemon=True)
+        waiter.start()
+        assert not entered.wait(0.5)
+        holder.kill()
+    assert entered.wait(10)
+
+
+def test_two_processes_do_not_write_one_file_into_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    started, go_on = threading.Event(), threading.Event()
+
+    def slowly(beside: Path) -> None:
+        with beside.open("w") as file:
+            file.write("first half, ")
+            file.flush()
+            started.set()
+            go_on.wait(20)
+            file.write("second half")
+
+    first = threading.Thread(target=write_file, args=(path, slowly))
+    first.start()
+    assert started.wait(20)
+    with pytest.raises(SoftguardError, match="a is being written by another process"):
+        write_text(path, "other")
+    go_on.set()
+    first.join()
+    assert path.read_text() == "first half, second half"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_without_a_name_is_no_file() -> None:
+    with pytest.raises(SoftguardError, match=r"\. is a folder; name a file in it"):
+        write_text(Path("."), "text")
 
 
 def test_a_lock_is_held_by_one_alone(tmp_path: Path) -> None:

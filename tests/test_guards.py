@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load
@@ -566,7 +568,7 @@ def test_a_calibrated_guard_is_right_on_average_and_flags_as_few_as_it_was_asked
     safe, bad, _ = _scored(guard, "prompt", rows)
     target = np.where(bad, (bad.sum() + 1) / (bad.sum() + 2), 1 / ((~bad).sum() + 2))  # Platt's
     assert (1 - safe).mean() == pytest.approx(target.mean(), abs=1e-3)
-    assert np.mean(safe[~bad] < guard.prompt_threshold) < 0.5
+    assert np.mean(safe[~bad] < guard.prompt_threshold) == pytest.approx(0.25, abs=1 / (~bad).sum())
 
 
 def test_rows_that_measure_a_guard_had_no_part_in_fitting_it(tmp_path: Path) -> None:
@@ -589,3 +591,16 @@ def test_a_calibrated_guards_error_may_be_none_at_all() -> None:
         p = rng.beta(0.3, 0.3, 400)
         reached += calibration_figure("made", p, rng.random(400) > p).low == 0
     assert reached / 60 >= 0.9
+
+
+def test_labelled_rows_of_csv_and_parquet_are_those_of_jsonl(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"prompt": "a", "label": "harmful", "response": "sure", "unsafe": 1},
+        {"prompt": "b", "label": "benign", "response": "no", "unsafe": 0},
+        {"prompt": "c", "label": "benign", "response": None, "unsafe": None},
+    ]
+    (tmp_path / "rows.CSV").write_text("prompt,label,response,unsafe\na,harmful,sure,1\nb,benign,no,0\nc,benign,,\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    expected = read_rows(_write(tmp_path / "rows.jsonl", rows))
+    assert [row.unsafe for row in expected] == [True, False, None]
+    assert read_rows(tmp_path / "rows.CSV") == expected == read_rows(tmp_path / "rows.parquet")

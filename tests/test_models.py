@@ -16,6 +16,7 @@ from softguard.chat import Chat
 from softguard.errors import SoftguardError
 from softguard.kernels import log_law
 from softguard.models import BaseModel, fingerprint, load_base
+from tests.references import made
 
 
 def test_the_base_is_frozen_and_in_evaluation_mode(base: BaseModel) -> None:
@@ -306,3 +307,26 @@ def test_an_adapter_beside_a_model_is_refused(small_folder: Path, tmp_path: Path
 def test_an_unknown_quantisation_is_told(small_folder: Path) -> None:
     with pytest.raises(SoftguardError, match="quantize 'q5' is unknown; use one of none, q8_0, q4_0, q4_1"):
         load_base(str(small_folder), quantize="q5")
+
+
+def test_weights_that_no_one_trains_and_rarer_settings_count(small: BaseModel) -> None:
+    def identity(bias: float = 0.0, **settings: Any) -> str:
+        base = made(small, "Olmo", **settings)
+        base.model.get_decoder().register_buffer("offset", torch.tensor([bias]))
+        return fingerprint(base.model, base.tokenizer)
+
+    assert len({identity(), identity(bias=1.0), identity(clip_qkv=0.5)}) == 3
+
+
+def test_makes_that_compute_the_same_are_the_same_model(small: BaseModel) -> None:
+    one, other = (made(small, make) for make in ("Llama", "Mistral"))
+    other.model.config.sliding_window = None
+    other.model.load_state_dict(one.model.state_dict())
+    assert fingerprint(one.model, one.tokenizer) == fingerprint(other.model, other.tokenizer)
+
+
+def test_a_tokenizer_that_fails_on_some_texts_has_an_identity(small: BaseModel) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("no token for what is unknown")
+
+    assert fingerprint(small.model, fails) != small.fingerprint

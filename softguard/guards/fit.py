@@ -270,6 +270,7 @@ def read_rows(path: Path | str) -> list[Row]:
 
 def _row(place: str, fields: Mapping[str, Any]) -> Row:
     prompt, label, response, unsafe = (fields.get(key) for key in ("prompt", "label", "response", "unsafe"))
+    unsafe = {"0": 0, "1": 1, "": None}.get(unsafe, unsafe) if isinstance(unsafe, str) else unsafe  # of CSV
     if not isinstance(response, str | None):
         raise SoftguardError(f"{place}: field 'response' is not text")
     if label not in ("harmful", "benign"):
