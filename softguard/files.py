@@ -47,7 +47,10 @@ def check_file(path: Path) -> None:
 
 
 def _hold(handle: IO[bytes], beside: Path, path: Path) -> None:
-    """Lock an open file, alone among processes. Raises SoftguardError if another has it, or has just put it in place."""
+    """Lock the open file `beside`, alone among processes, to write `path`.
+
+    Raises SoftguardError if another has it, or has just put it in place.
+    """
     import fcntl
 
     try:
@@ -106,18 +109,13 @@ def locked(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Hold the lock file `path`. Raises SoftguardError if another process does, or if it cannot be made."""
-    import fcntl
-
-    with contextlib.ExitStack() as held:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(held.enter_context(open(path, "w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SoftguardError(
-                f"{path.parent} is being written by another process; let that one end, or choose another folder"
-            ) from error
-        except OSError as error:
-            raise SoftguardError(f"{path} could not be written ({error.strerror}); choose another folder") from error
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "ab")
+    except OSError as error:
+        raise SoftguardError(f"{path} could not be written ({error.strerror}); choose another folder") from error
+    with handle:
+        _hold(handle, path, path.parent)
         yield
 
 

