@@ -109,12 +109,12 @@ def locked(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Hold the lock file `path`. Raises SoftguardError if another process does, or if it cannot be made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "ab")
-    except OSError as error:
-        raise SoftguardError(f"{path} could not be written ({error.strerror}); choose another folder") from error
-    with handle:
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = held.enter_context(open(path, "ab"))
+        except OSError as error:
+            raise SoftguardError(f"{path} could not be written ({error.strerror}); choose another folder") from error
         _hold(handle, path, path.parent)
         yield
 
