@@ -298,11 +298,15 @@ def _known_shards(out: Path, teacher: dict[str, Any]) -> dict[str, list[str]]:
                 raise SoftguardError(
                     f"{out} holds a corpus made with other settings ({key} differs); choose another --out or remove it"
                 )
-    settings = teacher["settings"].encode()
     for path in sorted([*out.glob("train/*.parquet"), *out.glob("validation/*.parquet")]):  # whose manifest may be lost
-        if _stored(path).get(b"settings", settings) != settings:
-            raise SoftguardError(f"{path} was made with other settings; choose another --out or remove it")
+        _check_settings(path, _stored(path), teacher["settings"])
     return found.get("shards") or {}
+
+
+def _check_settings(path: Path, stored: dict[bytes, bytes], settings: str) -> None:
+    """Raises SoftguardError for a shard that says that it was made with others."""
+    if stored.get(b"settings", settings.encode()) != settings.encode():
+        raise SoftguardError(f"{path} was made with other settings; choose another --out or remove it")
 
 
 def _count(source: str, limit: int, new: int, engine: Engine) -> int:
@@ -344,8 +348,7 @@ def _draw_split(
             stored = _stored(path)
             if stored.get(b"prompts", asked.encode()) != asked.encode():
                 raise SoftguardError(f"{path} holds other prompts than {source} has now; choose another --out or remove it")
-            if stored.get(b"settings", settings.encode()) != settings.encode():  # of a run that began here since that was asked
-                raise SoftguardError(f"{path} was made with other settings; choose another --out or remove it")
+            _check_settings(path, stored, settings)  # once more: another run may have begun here meanwhile
             if not {b"prompts", b"settings"} <= stored.keys() or (number < len(known) and _digest(path) != known[number]):
                 raise SoftguardError(f"{path} is damaged; remove it and teach again")
             drawn(len(shard))

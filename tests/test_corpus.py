@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -353,6 +354,18 @@ def test_a_shard_of_another_teacher_is_refused_though_the_manifest_is_lost(
     with pytest.raises(SoftguardError, match=r"00000\.parquet was made with other settings"):
         make(prompts, out, small, "system.guard=tests.guards_for_tests:half")
     make(prompts, out, small)  # as before: the other teacher left no manifest
+
+
+def test_a_shard_that_another_teacher_leaves_meanwhile_is_refused(prompts: Path, tmp_path: Path, small: BaseModel) -> None:
+    make(prompts, tmp_path / "other", small, "system.guard=tests.guards_for_tests:half")
+    wanted, out = recipe(prompts), tmp_path / "corpus"
+
+    def intrude(stage: str, done: int, total: int) -> None:
+        (out / "train").mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "other" / "train" / "00001.parquet", out / "train")
+
+    with pytest.raises(SoftguardError, match=r"00001\.parquet was made with other settings"):
+        teach(wanted, out, small, SafeSystem.from_config(wanted.system), intrude)
 
 
 def test_caches_may_be_kept_of_a_finished_corpus(prompts: Path, tmp_path: Path, small: BaseModel) -> None:

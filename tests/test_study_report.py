@@ -188,6 +188,20 @@ def test_the_summary_sets_every_row_beside_base_and_system() -> None:
     assert ("base", "over_refusal_change") not in found
 
 
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_figure_that_one_seed_lacks_is_of_the_others(lacking: int) -> None:
+    """Where base and system of a seed's own run are equally safe there is no gap, and no share of it."""
+    closed = {**metric("distilled", "eval_harmbench-harmful", "gap_closed", [0.0]), "value": 0.6, "outcomes": None}
+    seeds = [ROWS[0], ROWS[2]]  # 10 and 8 of 10 safe answers between the base's 5 and the system's 10
+    seeds[1 - lacking] = {**seeds[1 - lacking], "metrics": [*seeds[1 - lacking]["metrics"], closed]}
+    found = {(f.method, f.metric): f for f in figures(with_methods(seeds))}
+    assert found["good", "gap_closed"].value == pytest.approx((0.6, 1.0)[lacking == 1])
+    assert found["good", "gap_closed"].seeds == 1
+    assert found["good", "safety"].seeds == 2
+    gap = next(exhibit for exhibit in EXHIBITS if exhibit.name == "gap")
+    assert [(line.value, line.seeds) for line in lines_of(gap, with_methods(seeds)) if line.source == "ours"] == [(60, 1)]
+
+
 def test_a_seed_stands_beside_the_base_and_system_of_its_own_run() -> None:
     closed = {**metric("distilled", "eval_harmbench-harmful", "gap_closed", [0.0]), "value": 0.8, "outcomes": None}
     rows = [{**row, "metrics": [*row["metrics"], closed]} for row in (ROWS[0], ROWS[2])]

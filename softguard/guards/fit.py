@@ -269,17 +269,18 @@ def read_rows(path: Path | str) -> list[Row]:
 
 
 def _row(place: str, fields: Mapping[str, Any]) -> Row:
-    prompt, label, response, unsafe = (fields.get(key) for key in ("prompt", "label", "response", "unsafe"))
+    prompt: str = fields["prompt"]
+    label, response, unsafe = (fields.get(key) for key in ("label", "response", "unsafe"))
     unsafe = {"0": 0, "1": 1, "": None}.get(unsafe, unsafe) if isinstance(unsafe, str) else unsafe  # of CSV
     if not isinstance(response, str | None):
         raise SoftguardError(f"{place}: field 'response' is not text")
     if label not in ("harmful", "benign"):
         raise SoftguardError(f"{place}: label is {label!r}; it must be harmful or benign")
     if unsafe is None:
-        return Row(str(prompt), label == "harmful")
+        return Row(prompt, label == "harmful")
     if not isinstance(response, str) or unsafe not in (0, 1):
         raise SoftguardError(f"{place}: unsafe is {unsafe!r}; it must be 0 or 1 and stand beside a response text")
-    return Row(str(prompt), label == "harmful", response, bool(unsafe))
+    return Row(prompt, label == "harmful", response, bool(unsafe))
 
 
 def fit_guard(
